@@ -1,0 +1,229 @@
+"""Reading recipes: YAML with `base` and dotted overrides, and errors that name key, value and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from dfkd_dist.config.schema import Recipe, Spec, TeachersRecipe
+from dfkd_dist.resources import configs_dir
+
+S = TypeVar("S", bound=Spec)
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message lists every offending key."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with 1e-3 read as a number and repeated keys refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [k.value for k, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise RecipeError(
+                    f"{node.start_mark.name}: key {key!r} stands twice near line {node.start_mark.line + 1}"
+                )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)$"),
+    list("-+0123456789."),
+)
+
+
+def find_recipe(name: str | Path, near: Path | None = None) -> Path:
+    """The file meant by `name`: as given, beside `near`, or among the recipes that ship with the package.
+
+    Raises:
+        RecipeError: no such file; names the nearest shipped recipe.
+    """
+    given = Path(name)
+    places = [near.parent / given] if near is not None else [given]
+    shipped = configs_dir()
+    places += [given, shipped / given, shipped / Path(*given.parts[1:])] if given.parts else []
+    for place in places:
+        if place.is_file():
+            return place
+    known = [str(p.relative_to(shipped)) for p in shipped.rglob("*.yaml")]
+    raise RecipeError(f"no recipe file {name}{_nearest(str(given).removeprefix('configs/'), known)}")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, with its `base` merged underneath.
+
+    Raises:
+        RecipeError: not YAML, not a mapping, a repeated key, or bases that form a circle.
+    """
+    chain: list[Path] = []
+    layers: list[dict[str, Any]] = []
+    current: Path | None = path
+    while current is not None:
+        if current.resolve() in chain:
+            raise RecipeError(f"{current}: `base` leads in a circle: {' -> '.join(str(p) for p in chain)}")
+        chain.append(current.resolve())
+        layer = _read_one(current)
+        base = layer.pop("base", None)
+        layers.append(layer)
+        current = find_recipe(base, near=current) if base is not None else None
+    merged: dict[str, Any] = {}
+    for layer in reversed(layers):
+        merged = _merge(merged, layer)
+    return merged
+
+
+def _read_one(path: Path) -> dict[str, Any]:
+    try:
+        # _Loader derives from SafeLoader: no tags that construct objects.
+        content = yaml.load(path.read_text(), Loader=_Loader)  # noqa: S506
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from error
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: expected keys and values, found {type(content).__name__}")
+    return content
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `under`; mappings merge (unless their `kind` changes), all else is replaced."""
+    merged = dict(under)
+    for key, value in over.items():
+        below = merged.get(key)
+        same_kind = (
+            isinstance(below, dict) and isinstance(value, dict) and value.get("kind") in (None, below.get("kind"))
+        )
+        merged[key] = _merge(below, value) if same_kind and isinstance(below, dict) else value
+    return merged
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one `dotted.key=value` in place; the value is read as YAML, list items by their number.
+
+    Raises:
+        RecipeError: no `=`, a bad list index, or a key below a value that has none.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override {override!r}: expected key=value, for example student.arch=resnet34")
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    node: Any = tree
+    *parents, last = key.split(".")
+    for part in parents:
+        if isinstance(node, list):
+            node = node[_index(node, part, override)]
+        else:
+            if not isinstance(node.get(part), dict | list):
+                node[part] = {}
+            node = node[part]
+    if isinstance(node, list):
+        node[_index(node, last, override)] = value
+    else:
+        node[last] = value
+
+
+def _index(items: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise RecipeError(f"override {override!r}: {part!r} must be a number from 0 to {len(items) - 1}")
+    return int(part)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and check a recipe.
+
+    Raises:
+        RecipeError: lists every offending key with what was given and what is allowed.
+    """
+    return _load(Recipe, path, overrides)
+
+
+def load_teachers_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TeachersRecipe:
+    """Read, override and check a recipe for private teachers.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    return _load(TeachersRecipe, path, overrides)
+
+
+def _load(kind: type[S], path: str | Path, overrides: Sequence[str]) -> S:
+    file = find_recipe(path)
+    tree = read_yaml(file)
+    for override in overrides:
+        apply_override(tree, override)
+    return parse(kind, tree, where=str(file))
+
+
+def parse(kind: type[S], tree: dict[str, Any], where: str = "recipe") -> S:
+    """Check a mapping against a schema.
+
+    Raises:
+        RecipeError: lists every offending key with what was given and what is allowed.
+    """
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(kind, dict(detail)) for detail in error.errors()]
+        raise RecipeError(f"{where}:\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def dump(spec: Spec) -> str:
+    """The resolved recipe as YAML; reading it back gives an equal recipe."""
+    return yaml.safe_dump(spec.model_dump(), sort_keys=False, width=120)
+
+
+def _explain(kind: type[Spec], detail: dict[str, Any]) -> str:
+    """One line for one pydantic error: key, value, what is allowed."""
+    # The discriminator's value stands in pydantic's location; it is not a key of the file.
+    parts = [str(p) for p in detail["loc"] if p not in ("generative", "labelled")]
+    key, given = ".".join(parts) or "(whole recipe)", detail["input"]
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    match detail["type"]:
+        case "extra_forbidden":
+            allowed = _keys_at(kind, parts[:-1])
+            return f"{key}: unknown key (given: {given!r}){_nearest(parts[-1], allowed)}; allowed: {', '.join(allowed)}"
+        case "missing":
+            return f"{key}: required, but not given"
+        case "value_error":
+            return f"{key}: {message}"
+        case _:
+            shown = repr(given) if len(repr(given)) < 120 else type(given).__name__
+            return f"{key}: {message} (given: {shown}){_nearest_choice(given, message)}"
+
+
+def _keys_at(kind: type[Spec], parts: list[str]) -> list[str]:
+    """The keys allowed under a dotted place of a schema (all of them for a union)."""
+    models: list[type[Spec]] = [kind]
+    for part in parts:
+        if part.isdigit():
+            continue
+        found = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        models = [m for annotation in found for m in _models_in(annotation)]
+    return sorted({key for m in models for key in m.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[Spec]]:
+    if isinstance(annotation, type) and issubclass(annotation, Spec):
+        return [annotation]
+    return [m for inner in get_args(annotation) for m in _models_in(inner)]
+
+
+def _nearest(name: str, allowed: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _nearest_choice(given: Any, message: str) -> str:
+    return _nearest(given, re.findall(r"'([^']+)'", message)) if isinstance(given, str) else ""

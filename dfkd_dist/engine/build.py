@@ -1,0 +1,242 @@
+"""The only place that turns a recipe into objects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dfkd_dist.config import AssistantSpec, GenerativeSpec, LabelledSpec, ObjectiveSpec, Recipe
+from dfkd_dist.data.datasets import load_image_set
+from dfkd_dist.data.splits import party_indices
+from dfkd_dist.engine.metrics import Meters
+from dfkd_dist.engine.optim import make_player
+from dfkd_dist.engine.seeding import seeded
+from dfkd_dist.engine.student_side import StudentSide
+from dfkd_dist.engine.teachers import make_teacher, teacher_cards, teacher_costs, teacher_weights
+from dfkd_dist.engine.trainer import Trainer
+from dfkd_dist.models.cards import Card
+from dfkd_dist.models.generator import Generator
+from dfkd_dist.models.network import ImageNetwork
+from dfkd_dist.models.signals import LOGITS, MAP
+from dfkd_dist.models.teacher import Teacher
+from dfkd_dist.models.weights import load_weights
+from dfkd_dist.objectives.distillation import Distillation
+from dfkd_dist.parallel.batchnorm import synchronise
+from dfkd_dist.parallel.exchange import Exchange, Shapes
+from dfkd_dist.parallel.group import Group
+from dfkd_dist.parallel.mesh import Mesh, make_mesh
+from dfkd_dist.parallel.player import Player
+from dfkd_dist.parallel.randomness import Randomness
+from dfkd_dist.parallel.stopping import StopFlag
+from dfkd_dist.parallel.topology import Topology, make_topology
+from dfkd_dist.sources.base import Source
+from dfkd_dist.sources.generative import GenerativeSource, Kit
+from dfkd_dist.sources.labelled import LabelledSource
+
+
+@dataclass(frozen=True)
+class Build:
+    """A recipe's objects on this rank."""
+
+    recipe: Recipe
+    mesh: Mesh
+    device: torch.device
+    cards: list[Card]
+    """Every teacher's, on every rank."""
+    teachers: list[Teacher]
+    """This rank's teachers, answering copies."""
+    student_card: Card
+    side: StudentSide
+    source: Source
+    trainer: Trainer
+
+
+def make_run_topology(recipe: Recipe, world_size: int) -> Topology:
+    """The mesh that a recipe gets on so many ranks, by arithmetic alone."""
+    return make_topology(world_size, teacher_costs(teacher_cards(recipe)), recipe.mesh.rows)
+
+
+def build(recipe: Recipe, device: torch.device, world_size: int = 1, stop_flag: StopFlag | None = None) -> Build:
+    """Everything this rank needs; every rank calls it alike.
+
+    Raises:
+        RecipeError, WeightsError, DatasetError, ValueError: what is wrong, before any training.
+    """
+    _set_backends(recipe)
+    cards = teacher_cards(recipe)
+    topology = make_topology(world_size, teacher_costs(cards), recipe.mesh.rows)
+    mesh = make_mesh(topology, device, recipe.mesh.sync)
+    return _Builder(recipe, device, mesh, cards).build(stop_flag or StopFlag())
+
+
+def _set_backends(recipe: Recipe) -> None:
+    torch.set_flush_denormal(True)  # denormals slow a small generator-teacher loop down several times
+    torch.backends.cuda.matmul.allow_tf32 = recipe.precision.tf32
+    torch.backends.cudnn.allow_tf32 = recipe.precision.tf32
+
+
+class _Builder:
+    def __init__(self, recipe: Recipe, device: torch.device, mesh: Mesh, cards: list[Card]) -> None:
+        self.recipe, self.device, self.mesh, self.cards = recipe, device, mesh, cards
+        self.dtype = torch.float64 if recipe.precision.train == "fp64" else torch.float32
+        self.weights = teacher_weights(recipe)
+        self.randomness = Randomness(recipe.seed)
+
+    def build(self, stop_flag: StopFlag) -> Build:
+        recipe, rounds = self.recipe, self.recipe.rounds
+        pairs = [make_teacher(recipe, k, self.cards, self.device, recipe.precision) for k in self.mesh.teachers]
+        teachers = [answering for _, answering in pairs]
+        shapes = self._all_shapes(teachers)
+        exchange = Exchange(self.mesh, teachers, shapes, Distillation.need(recipe.objective))
+        student_card = self._student_card()
+        student = self._network(student_card, "student", self.mesh.sync_world, recipe.student.pretrained)
+        if recipe.student.weights is not None:
+            load_weights(student.network, recipe.student.weights)
+        side = self._side(student, recipe.objective, self.weights, shapes, "student")
+        steps = rounds.main * rounds.student_steps
+        player = make_player("student", side, recipe.optimizer, recipe.schedule, steps, self.mesh.world)
+        source = self._source(pairs, shapes, exchange, student_card)
+        trainer = Trainer(
+            source,
+            player,
+            exchange,
+            self.mesh,
+            warmup=rounds.warmup,
+            rounds=rounds.total,
+            student_steps=rounds.student_steps,
+            meters=Meters(self.device),
+            stop_flag=stop_flag,
+            autocast=self.autocast(),
+        )
+        return Build(recipe, self.mesh, self.device, self.cards, teachers, student_card, side, source, trainer)
+
+    def autocast(self) -> Callable[[], AbstractContextManager[Any]]:
+        """bf16 for networks that train; the weights stay fp32."""
+        if self.recipe.precision.train != "bf16":
+            return nullcontext
+        return lambda: torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    # ----------------------------------------------------------------------------------- networks
+
+    def _all_shapes(self, teachers: Sequence[Teacher]) -> list[Shapes]:
+        """Signal shapes of every teacher of the run, told by the ranks that hold them."""
+        own = {k: self._shapes(t) for k, t in zip(self.mesh.teachers, teachers, strict=True)}
+        known = {k: shapes for part in self.mesh.column.gather_objects(own) for k, shapes in part.items()}
+        return [known[k] for k in sorted(known)]
+
+    def _shapes(self, network: ImageNetwork) -> Shapes:
+        image = self.recipe.image
+        if network.taps.map is None:
+            return {LOGITS: (self.recipe.num_classes,)}
+        return {LOGITS: (self.recipe.num_classes,), MAP: network.map_shape(image.size, image.channels)}
+
+    def _student_card(self) -> Card:
+        """The student's input normalisation is the mean of the teachers', unless the recipe says otherwise."""
+        recipe, spec = self.recipe, self.recipe.student
+        channels = recipe.image.channels
+        mean = spec.mean or _average([c.mean for c in self.cards if c.channels == channels]) or [0.5] * channels
+        std = spec.std or _average([c.std for c in self.cards if c.channels == channels]) or [0.25] * channels
+        classes = next((c.classes for c in self.cards if c.classes is not None), None)
+        return Card(spec.arch, recipe.num_classes, spec.size or recipe.image.size, channels, mean, std, classes)
+
+    def _network(self, card: Card, name: str, group: Group, pretrained: bool = False) -> ImageNetwork:
+        with seeded(self.recipe.seed, "network", name):
+            network = ImageNetwork(card.build(pretrained), card.preprocess(), name)
+        synchronise(network, group)
+        return self._placed(network)
+
+    def _side(
+        self,
+        network: ImageNetwork,
+        objective: ObjectiveSpec,
+        weights: Sequence[float],
+        shapes: Sequence[Shapes],
+        name: str,
+    ) -> StudentSide:
+        with seeded(self.recipe.seed, "objective", name):
+            return self._placed(StudentSide(network, Distillation(objective, weights, self._shapes(network), shapes)))
+
+    def _placed(self, module: Any) -> Any:
+        module = module.to(self.device, self.dtype)
+        return module.to(memory_format=torch.channels_last) if self.recipe.precision.channels_last else module
+
+    # ------------------------------------------------------------------------------------- sources
+
+    def _source(
+        self,
+        pairs: Sequence[tuple[Teacher, Teacher]],
+        shapes: Sequence[Shapes],
+        exchange: Exchange,
+        student_card: Card,
+    ) -> Source:
+        recipe = self.recipe
+        if isinstance(recipe.source, LabelledSpec):
+            return self._labelled(recipe.source)
+        kits = [
+            self._kit(recipe.source, k, teacher, answering, shapes[k], student_card)
+            for k, (teacher, answering) in zip(self.mesh.teachers, pairs, strict=True)
+        ]
+        return GenerativeSource(
+            recipe.source,
+            recipe.rounds,
+            recipe.batch,
+            kits,
+            self.mesh,
+            exchange,
+            self.randomness,
+            recipe.augment,
+            self.dtype,
+            self.device,
+            self.autocast(),
+        )
+
+    def _kit(
+        self, spec: GenerativeSpec, k: int, teacher: Teacher, answering: Teacher, shapes: Shapes, student_card: Card
+    ) -> Kit:
+        rounds, g, image = self.recipe.rounds, spec.generator, self.recipe.image
+        with seeded(self.recipe.seed, "generator", teacher.name):
+            module = Generator(g.latent, g.width, g.blocks, image.size, image.channels, g.head)
+        synchronise(module, self.mesh.sync)
+        steps = rounds.warmup if spec.freeze_after_warmup else rounds.total
+        name = f"generator/{teacher.name}"
+        generator = make_player(name, self._placed(module), spec.optimizer, spec.schedule, steps, self.mesh.row)
+        if spec.assistant is None:
+            return Kit(teacher, answering, generator, None)
+        return Kit(teacher, answering, generator, self._assistant(spec.assistant, k, teacher, shapes, student_card))
+
+    def _assistant(self, spec: AssistantSpec, k: int, teacher: Teacher, shapes: Shapes, student_card: Card) -> Player:
+        card = {"teacher": self.cards[k], "student": student_card}.get(spec.arch)
+        card = card or Card(**{**vars(student_card), "arch": spec.arch})
+        name = f"assistant/{teacher.name}"
+        network = self._network(card, name, self.mesh.sync, spec.pretrained)
+        side = self._side(network, spec.objective, [1.0], [shapes], name)
+        steps = self.recipe.rounds.main * spec.steps
+        return make_player(name, side, spec.optimizer, spec.schedule, steps, self.mesh.row)
+
+    def _labelled(self, spec: LabelledSpec) -> LabelledSource:
+        images = load_image_set(spec.dataset, "train")
+        indices = torch.arange(len(images))
+        if spec.split is not None and spec.party is not None:
+            split = spec.split
+            shares = party_indices(
+                images.labels_N, parties=split.parties, mode=split.mode, ratio=split.ratio, seed=split.seed
+            )
+            indices = shares[spec.party]
+        return LabelledSource(
+            images,
+            indices,
+            self.recipe.batch,
+            self.mesh.world,
+            self.randomness,
+            self.recipe.augment,
+            self.dtype,
+            self.device,
+        )
+
+
+def _average(rows: Sequence[Sequence[float]]) -> list[float] | None:
+    return [sum(column) / len(rows) for column in zip(*rows, strict=True)] if rows else None

@@ -1,0 +1,1 @@
+"""Networks: teachers, students, generators and the weights they load."""

@@ -1,0 +1,118 @@
+"""A network together with how it wants its images: image space in, signals out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfkd_dist.models.signals import LOGITS, Need, Signals
+from dfkd_dist.models.taps import find_taps, listen
+
+LUMA = (0.299, 0.587, 0.114)
+"""ITU-R BT.601 weights of red, green and blue in grey."""
+
+
+class Preprocess(nn.Module):
+    """Image space to one network's input, differentiably: channels, size, normalisation.
+
+    Args:
+        size: side of the network's input in pixels.
+        channels: 1 or 3.
+        mean: per channel, in [0, 1] units.
+        std: per channel, in [0, 1] units.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, size: int, channels: int, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if len(mean) != channels or len(std) != channels:
+            raise ValueError(f"mean and std need {channels} values each (channels), got {list(mean)} and {list(std)}")
+        self.size, self.channels = size, channels
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images_NCHW: Tensor) -> Tensor:
+        """`[N, C, H, W]` in image space to `[N, channels, size, size]`."""
+        x = images_NCHW
+        if x.shape[1] != self.channels:
+            x = _to_rgb(x) if self.channels == 3 else _to_grey(x)
+        if x.shape[-1] != self.size:
+            x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
+        return (x - self.mean) / self.std
+
+
+def _to_rgb(grey_N1HW: Tensor) -> Tensor:
+    return grey_N1HW.expand(-1, 3, -1, -1)
+
+
+def _to_grey(rgb_N3HW: Tensor) -> Tensor:
+    weights = rgb_N3HW.new_tensor(LUMA).view(1, 3, 1, 1)
+    return (rgb_N3HW * weights).sum(dim=1, keepdim=True)
+
+
+class ImageNetwork(nn.Module):
+    """A classifier that takes images of the canonical image space.
+
+    Args:
+        network: `[N, channels, size, size]` to logits `[N, C]`.
+        preprocess: from image space to the network's input.
+        name: how it is called in metrics and messages.
+    """
+
+    def __init__(self, network: nn.Module, preprocess: Preprocess, name: str) -> None:
+        super().__init__()
+        self.network, self.preprocess, self.name = network, preprocess, name
+        example = torch.zeros(2, preprocess.channels, preprocess.size, preprocess.size)
+        parameter = next(network.parameters())
+        self.taps = find_taps(network, example.to(parameter.device, parameter.dtype))
+
+    def forward(self, images_NCHW: Tensor, need: Need = frozenset({LOGITS})) -> Signals:
+        """Signals about the images; gradients reach the images (and the parameters that are not frozen)."""
+        inputs = self.preprocess(images_NCHW).to(self.input_dtype(images_NCHW))
+        with listen(self.network, self.taps, need) as heard:
+            logits_NC = self.network(inputs)
+        return Signals(logits_NC, heard.features_ND, heard.map_NDHW, heard.bn)
+
+    def input_dtype(self, images_NCHW: Tensor) -> torch.dtype:
+        """The number format in which the network takes its input; autocast does its own conversion."""
+        return images_NCHW.dtype
+
+    def map_shape(self, size: int, channels: int) -> tuple[int, int, int]:
+        """`(D, H, W)` of the signal `map` for images of the canonical size."""
+        signals = self._probe(size, channels)
+        assert signals.map_NDHW is not None
+        depth, height, width = signals.map_NDHW.shape[1:]
+        return depth, height, width
+
+    def _probe(self, size: int, channels: int) -> Signals:
+        parameter = next(self.network.parameters())
+        images = torch.zeros(2, channels, size, size, device=parameter.device, dtype=self.preprocess.mean.dtype)
+        was_training = self.training
+        with torch.no_grad():
+            signals = self.eval()(images, frozenset({LOGITS, "map"}))
+        self.train(was_training)
+        return signals
+
+
+@contextmanager
+def parameters_frozen(module: nn.Module) -> Iterator[None]:
+    """Gradients pass through `module` to its input but not into its parameters."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,1 @@
+"""What a student, or an assistant, minimises on a batch."""

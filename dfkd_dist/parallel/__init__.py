@@ -1,0 +1,1 @@
+"""Ranks, groups and everything that talks over them."""

@@ -1,0 +1,67 @@
+"""What the training loop asks of a source of images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+from dfkd_dist.losses.weighted import Losses
+from dfkd_dist.models.network import ImageNetwork
+from dfkd_dist.models.signals import Batch, Need, Signals
+from dfkd_dist.parallel.player import Player
+
+
+class Side(Protocol):
+    """A network that learns from teachers, with its objective: the student's side, or an assistant's."""
+
+    network: ImageNetwork
+    need: Need
+    """Signals that its objective wants from the teachers."""
+
+    def __call__(self, batch: Batch, answers: Sequence[Signals]) -> Losses:
+        """The losses on a batch that the teachers answered."""
+        ...
+
+
+class Source(Protocol):
+    """Owns its generators, assistants and whatever else it trains to make images."""
+
+    @property
+    def players(self) -> Sequence[Player]:
+        """What it trains on this rank; saved by name."""
+        ...
+
+    def update_steps(self, round: int) -> int:
+        """Inner steps before the student's in a round; the same number on every rank."""
+        ...
+
+    def update_phase(self, step: int) -> str:
+        """What inner step `step` is called in timings."""
+        ...
+
+    def update(self, round: int, step: int, student: ImageNetwork, observe: bool) -> Iterator[tuple[Player, Losses]]:
+        """One inner step: what each player on this rank minimises. The trainer differentiates and steps.
+
+        Args:
+            round: r.
+            step: which inner step.
+            student: to be read only.
+            observe: also fill `Losses.report`.
+        """
+        ...
+
+    def batch(self, round: int, step: int) -> Batch:
+        """This rank's images for student step `step` of a round."""
+        ...
+
+    def update_images(self, round: int) -> int:
+        """Images that one inner step takes on all ranks together, for throughput."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive inside a round besides the players; the same on every rank of a row."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        ...

@@ -1,0 +1,96 @@
+"""Real labelled images: private teachers and the gold standard are trained by the same loop as everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dfkd_dist.config import AugmentSpec
+from dfkd_dist.data.augment import augment, num_uniforms
+from dfkd_dist.data.datasets import ImageSet, to_image_space
+from dfkd_dist.losses.weighted import Losses
+from dfkd_dist.models.network import ImageNetwork
+from dfkd_dist.models.signals import Batch
+from dfkd_dist.parallel.group import Group
+from dfkd_dist.parallel.player import Player
+from dfkd_dist.parallel.randomness import Randomness
+from dfkd_dist.parallel.topology import bounds
+
+
+class LabelledSource:
+    """Mini-batches of a labelled set; round r is global batch r of an endless sequence of epochs.
+
+    An epoch is a permutation keyed by (seed, epoch); its tail below one batch is dropped, so steps are of equal size.
+
+    Args:
+        images: the set.
+        indices: which of its images (a party's share).
+        batch: images of a step over all ranks; more than there are is an error.
+        world: the ranks that share a step.
+        randomness: counter-based.
+        augment_spec: per-sample augmentation.
+        dtype: of the images.
+        device: where they go.
+
+    Raises:
+        ValueError: fewer images than one batch.
+    """
+
+    players: Sequence[Player] = ()
+
+    def __init__(
+        self,
+        images: ImageSet,
+        indices: Tensor,
+        batch: int,
+        world: Group,
+        randomness: Randomness,
+        augment_spec: AugmentSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        if len(indices) < batch:
+            raise ValueError(f"batch is {batch}, but the training share has only {len(indices)} images")
+        self.images, self.indices, self.size, self.world = images, indices, batch, world
+        self.randomness, self.augment_spec, self.dtype, self.device = randomness, augment_spec, dtype, device
+        self.per_epoch = len(indices) // batch
+
+    def update_steps(self, round: int) -> int:
+        """Nothing is made."""
+        return 0
+
+    def update_phase(self, step: int) -> str:
+        """Never asked for."""
+        raise NotImplementedError("a labelled source has no inner steps")
+
+    def update_images(self, round: int) -> int:
+        """None are made."""
+        return 0
+
+    def update(self, round: int, step: int, student: ImageNetwork, observe: bool) -> Iterator[tuple[Player, Losses]]:
+        """Never asked for."""
+        raise NotImplementedError("a labelled source has no inner steps")
+
+    def batch(self, round: int, step: int) -> Batch:
+        """This rank's slice of global batch `round`."""
+        epoch, g = divmod(round, self.per_epoch)
+        order = self.randomness.permutation("epoch", len(self.indices), round=epoch).cpu()
+        low, high = bounds(self.size, self.world.size, self.world.rank)
+        chosen = self.indices[order[g * self.size + low : g * self.size + high]]
+        images_NCHW = to_image_space(self.images.images(chosen).to(self.device), self.dtype)
+        wanted = num_uniforms(self.augment_spec)
+        if wanted:
+            slots = torch.arange(low, high, device=self.device)
+            uniforms_NP = self.randomness.uniform("augment/labelled", slots, (wanted,), round=round, dtype=self.dtype)
+            images_NCHW = augment(images_NCHW, uniforms_NP, self.augment_spec)
+        return Batch(images_NCHW, self.size, labels_N=self.images.labels_N[chosen].to(self.device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The order is a function of (seed, epoch): nothing to keep."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to put back."""

@@ -1,0 +1,1 @@
+"""Programs that launchers start: thin, and the only place that speaks submitit."""
