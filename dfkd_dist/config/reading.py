@@ -54,31 +54,38 @@ def find_recipe(name: str | Path, near: Path | None = None) -> Path:
     for place in places:
         if place.is_file():
             return place
-    known = [str(p.relative_to(shipped)) for p in shipped.rglob("*.yaml")]
+    # Files under `_parts` are bases, not recipes.
+    known = [str(p.relative_to(shipped)) for p in shipped.rglob("*.yaml") if near is not None or "_parts" not in p.parts]
     raise RecipeError(f"no recipe file {name}{_nearest(str(given).removeprefix('configs/'), known)}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, with its `base` merged underneath.
+    """The mapping in a YAML file, merged over its `base`: one file, or a list of them, later ones on top.
 
     Raises:
         RecipeError: not YAML, not a mapping, a repeated key, or bases that form a circle.
     """
-    chain: list[Path] = []
-    layers: list[dict[str, Any]] = []
-    current: Path | None = path
-    while current is not None:
-        if current.resolve() in chain:
-            raise RecipeError(f"{current}: `base` leads in a circle: {' -> '.join(str(p) for p in chain)}")
-        chain.append(current.resolve())
-        layer = _read_one(current)
-        base = layer.pop("base", None)
-        layers.append(layer)
-        current = find_recipe(base, near=current) if base is not None else None
+    return _read_with_bases(path, ())
+
+
+def _read_with_bases(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    here = path.resolve()
+    if here in above:
+        raise RecipeError(f"{path}: `base` leads in a circle: {' -> '.join(str(p) for p in (*above, here))}")
+    layer = _read_one(path)
     merged: dict[str, Any] = {}
-    for layer in reversed(layers):
-        merged = _merge(merged, layer)
-    return merged
+    for base in _bases(path, layer):
+        merged = _merge(merged, _read_with_bases(find_recipe(base, near=path), (*above, here)))
+    return _merge(merged, layer)
+
+
+def _bases(path: Path, layer: dict[str, Any]) -> list[str]:
+    """Takes `base` out of a file's mapping."""
+    given = layer.pop("base", [])
+    bases = [given] if isinstance(given, str) else given
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise RecipeError(f"{path}: base: expected a file name or a list of them (given: {given!r})")
+    return bases
 
 
 def _read_one(path: Path) -> dict[str, Any]:
@@ -124,6 +131,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     for part in parents:
         if isinstance(node, list):
             node = node[_index(node, part, override)]
+            if not isinstance(node, dict | list):
+                raise RecipeError(f"override {override!r}: {part!r} is the value {node!r}; nothing stands below it")
         else:
             if not isinstance(node.get(part), dict | list):
                 node[part] = {}
@@ -186,8 +195,9 @@ def dump(spec: Spec) -> str:
 
 def _explain(kind: type[Spec], detail: dict[str, Any]) -> str:
     """One line for one pydantic error: key, value, what is allowed."""
-    # The discriminator's value stands in pydantic's location; it is not a key of the file.
-    parts = [str(p) for p in detail["loc"] if p not in ("generative", "labelled")]
+    parts = [str(p) for p in detail["loc"]]
+    if len(parts) > 1 and parts[0] == "source":
+        del parts[1]  # the value of `kind`: it stands in pydantic's location, but is no key of the file
     key, given = ".".join(parts) or "(whole recipe)", detail["input"]
     message = str(detail["msg"]).removeprefix("Value error, ")
     match detail["type"]:
@@ -196,6 +206,12 @@ def _explain(kind: type[Spec], detail: dict[str, Any]) -> str:
             return f"{key}: unknown key (given: {given!r}){_nearest(parts[-1], allowed)}; allowed: {', '.join(allowed)}"
         case "missing":
             return f"{key}: required, but not given"
+        case "union_tag_not_found":
+            return f"{key}.kind: required, but not given; allowed: {', '.join(_kinds(kind, parts))}"
+        case "union_tag_invalid":
+            kinds = _kinds(kind, parts)
+            tag = str(given.get("kind"))
+            return f"{key}.kind: unknown kind (given: {tag!r}){_nearest(tag, kinds)}; allowed: {', '.join(kinds)}"
         case "value_error":
             return f"{key}: {message}"
         case _:
@@ -212,6 +228,12 @@ def _keys_at(kind: type[Spec], parts: list[str]) -> list[str]:
         found = [m.model_fields[part].annotation for m in models if part in m.model_fields]
         models = [m for annotation in found for m in _models_in(annotation)]
     return sorted({key for m in models for key in m.model_fields})
+
+
+def _kinds(kind: type[Spec], parts: list[str]) -> list[str]:
+    """The values that `kind` may have at a dotted place of a schema."""
+    models = _models_in(kind.model_fields[parts[-1]].annotation)
+    return [str(get_args(model.model_fields["kind"].annotation)[0]) for model in models]
 
 
 def _models_in(annotation: Any) -> list[type[Spec]]:

@@ -99,6 +99,14 @@ class StudentSpec(Spec):
     mean: list[float] | None = None
     std: list[Positive] | None = None
     """Input normalisation; null takes the mean of the teachers'."""
+    classes: list[str] | None = None
+    """Class names for the exported network; null takes the teachers'."""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> StudentSpec:
+        if self.weights is not None and self.pretrained:
+            raise ValueError(f"weights is {self.weights!r} and pretrained is true; give one of them")
+        return self
 
 
 class ObjectiveSpec(Spec):
@@ -208,6 +216,10 @@ class GenerativeSpec(Spec):
     student_first: bool = False
     """No generator step in the first main round, so that each round's student steps come first (DFAD)."""
 
+    def warmup_weights(self) -> dict[str, float]:
+        """Term name to weight during warm-up."""
+        return self.loss.weights() | {"adv": 0.0} if self.warmup_loss is None else self.warmup_loss.weights()
+
     @model_validator(mode="after")
     def _game_is_consistent(self) -> GenerativeSpec:
         against, adv = self.adversary.against, self.loss.adv
@@ -217,6 +229,10 @@ class GenerativeSpec(Spec):
             raise ValueError(f"adversary.against is {against} but loss.adv is 0; give it a weight or set against: none")
         if (against == "assistant") != (self.assistant is not None):
             raise ValueError("an `assistant` section is needed by adversary.against: assistant, and only there")
+        if against == "none" and self.warmup_weights()["adv"] > 0:
+            raise ValueError("warmup_loss.adv has a weight but adversary.against is none; allowed: assistant, student")
+        if not self.freeze_after_warmup and not any(self.loss.weights().values()):
+            raise ValueError("loss: all weights are 0, so the generator has nothing to minimise")
         if self.freeze_after_warmup and adv > 0:
             raise ValueError("freeze_after_warmup: true leaves loss.adv without effect; set loss.adv: 0")
         if self.freeze_after_warmup and self.student_images == "from_update":
@@ -274,6 +290,14 @@ class LabelledSpec(Spec):
     split: SplitSpec | None = None
     party: CountOrZero | None = None
     """Which party's share of `split`; null takes the whole training set."""
+
+    @model_validator(mode="after")
+    def _party_is_one_of_the_split(self) -> LabelledSpec:
+        if self.party is not None and self.split is None:
+            raise ValueError(f"party is {self.party} but there is no `split` to take it from")
+        if self.party is not None and self.split is not None and self.party >= self.split.parties:
+            raise ValueError(f"party is {self.party}; allowed: 0 to {self.split.parties - 1} (split.parties)")
+        return self
 
 
 class AugmentSpec(Spec):
@@ -395,10 +419,11 @@ class Recipe(Spec):
         names = [t.name for t in self.teachers]
         if len(set(names)) < len(names):
             raise ValueError(f"teachers: names must differ, got {names}")
-        if self.source.kind == "labelled":
+        if isinstance(self.source, LabelledSpec):
             self._check_labelled()
         else:
             self._check_data_free()
+            self._check_warmup(self.source)
         return self
 
     def _check_labelled(self) -> None:
@@ -418,6 +443,17 @@ class Recipe(Spec):
             raise ValueError(f"batch is {self.batch}, fewer than the {len(self.teachers)} teachers")
 
 
+    def _check_warmup(self, source: GenerativeSpec) -> None:
+        warmup = self.rounds.warmup
+        if source.freeze_after_warmup and warmup == 0:
+            raise ValueError("source.freeze_after_warmup: true needs rounds.warmup > 0, or no generator ever trains")
+        if warmup and not any(source.warmup_weights().values()):
+            raise ValueError(
+                f"rounds.warmup is {warmup}, but every weight of the warm-up is 0; "
+                "give source.warmup_loss, or set rounds.warmup: 0"
+            )
+
+
 class TeachersRecipe(Spec):
     """`dfkd teachers train`: private teachers (and, if asked, the gold standard) from one labelled set."""
 
@@ -431,6 +467,9 @@ class TeachersRecipe(Spec):
     gold: str | None = None
     """A network trained on all the data (the gold standard), under the name `gold`."""
     pretrained: bool = False
+    mean: list[float] | None = None
+    std: list[Positive] | None = None
+    """Input normalisation of all of them; null measures each party's own images."""
     epochs: Count
     batch: Count = 256
     optimizer: OptimizerSpec = OptimizerSpec(lr=0.1, nesterov=True, weight_decay=5e-4)
@@ -442,6 +481,13 @@ class TeachersRecipe(Spec):
     def _one_arch_each(self) -> TeachersRecipe:
         if len(self.archs) not in (1, self.split.parties):
             raise ValueError(f"archs: give 1 or split.parties ({self.split.parties}) names, got {len(self.archs)}")
+        return self
+
+    @model_validator(mode="after")
+    def _whole_normalisation(self) -> TeachersRecipe:
+        lengths = [len(values) if values is not None else None for values in (self.mean, self.std)]
+        if lengths not in ([None] * 2, [self.dataset.channels] * 2):
+            raise ValueError(f"mean and std: give neither, or {self.dataset.channels} values each (dataset.channels)")
         return self
 
     def out_dir(self) -> Path:

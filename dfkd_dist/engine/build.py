@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from dfkd_dist.config import AssistantSpec, GenerativeSpec, LabelledSpec, ObjectiveSpec, Recipe
-from dfkd_dist.data.datasets import load_image_set
+from dfkd_dist.config import AssistantSpec, GenerativeSpec, LabelledSpec, ObjectiveSpec, Recipe, SplitSpec
+from dfkd_dist.data.datasets import ImageSet, load_image_set
 from dfkd_dist.data.splits import party_indices
 from dfkd_dist.engine.metrics import Meters
 from dfkd_dist.engine.optim import make_player
 from dfkd_dist.engine.seeding import seeded
 from dfkd_dist.engine.student_side import StudentSide
-from dfkd_dist.engine.teachers import make_teacher, teacher_cards, teacher_costs, teacher_weights
+from dfkd_dist.engine.teachers import make_teacher, reference_classes, teacher_cards, teacher_costs, teacher_weights
 from dfkd_dist.engine.trainer import Trainer
 from dfkd_dist.models.cards import Card
 from dfkd_dist.models.generator import Generator
@@ -140,7 +140,7 @@ class _Builder:
         channels = recipe.image.channels
         mean = spec.mean or _average([c.mean for c in self.cards if c.channels == channels]) or [0.5] * channels
         std = spec.std or _average([c.std for c in self.cards if c.channels == channels]) or [0.25] * channels
-        classes = next((c.classes for c in self.cards if c.classes is not None), None)
+        classes = spec.classes or reference_classes(self.cards)
         return Card(spec.arch, recipe.num_classes, spec.size or recipe.image.size, channels, mean, std, classes)
 
     def _network(self, card: Card, name: str, group: Group, pretrained: bool = False) -> ImageNetwork:
@@ -175,7 +175,7 @@ class _Builder:
     ) -> Source:
         recipe = self.recipe
         if isinstance(recipe.source, LabelledSpec):
-            return self._labelled(recipe.source)
+            return self._labelled(recipe.source, load_image_set(recipe.source.dataset, "train"))
         kits = [
             self._kit(recipe.source, k, teacher, answering, shapes[k], student_card)
             for k, (teacher, answering) in zip(self.mesh.teachers, pairs, strict=True)
@@ -217,15 +217,10 @@ class _Builder:
         steps = self.recipe.rounds.main * spec.steps
         return make_player(name, side, spec.optimizer, spec.schedule, steps, self.mesh.row)
 
-    def _labelled(self, spec: LabelledSpec) -> LabelledSource:
-        images = load_image_set(spec.dataset, "train")
+    def _labelled(self, spec: LabelledSpec, images: ImageSet) -> LabelledSource:
         indices = torch.arange(len(images))
         if spec.split is not None and spec.party is not None:
-            split = spec.split
-            shares = party_indices(
-                images.labels_N, parties=split.parties, mode=split.mode, ratio=split.ratio, seed=split.seed
-            )
-            indices = shares[spec.party]
+            indices = party_shares(images, spec.split)[spec.party]
         return LabelledSource(
             images,
             indices,
@@ -236,6 +231,18 @@ class _Builder:
             self.dtype,
             self.device,
         )
+
+
+def party_shares(images: ImageSet, split: SplitSpec) -> list[torch.Tensor]:
+    """Positions of each party's images in a training set (DFMF section 4.1)."""
+    return party_indices(
+        images.labels_N,
+        parties=split.parties,
+        mode=split.mode,
+        ratio=split.ratio,
+        seed=split.seed,
+        num_classes=len(images.classes),
+    )
 
 
 def _average(rows: Sequence[Sequence[float]]) -> list[float] | None:

@@ -34,8 +34,8 @@ class Preprocess(nn.Module):
         if len(mean) != channels or len(std) != channels:
             raise ValueError(f"mean and std need {channels} values each (channels), got {list(mean)} and {list(std)}")
         self.size, self.channels = size, channels
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, images_NCHW: Tensor) -> Tensor:
         """`[N, C, H, W]` in image space to `[N, channels, size, size]`."""

@@ -73,7 +73,10 @@ class Teacher(ImageNetwork):
         """A copy that only answers: batch norm folded into the convolutions. It has no `bn` signal any more."""
         twin = copy.deepcopy(self)
         if fold:
-            example = torch.rand(4, self.preprocess.channels, self.preprocess.size, self.preprocess.size)
+            # The same images on every rank: what can be folded must not depend on who asks.
+            seeded = torch.Generator().manual_seed(0)
+            shape = (4, self.preprocess.channels, self.preprocess.size, self.preprocess.size)
+            example = torch.rand(shape, generator=seeded)
             twin.network = fold_batch_norm(twin.network, self.preprocess(example.to(self.preprocess.mean)))
         return twin
 

@@ -22,12 +22,12 @@ class GroupBatchNorm(_BatchNorm):
     """Batch norm whose statistics are those of the group's whole batch. State dicts are plain batch norm's."""
 
     def __init__(self, like: _BatchNorm, group: Group) -> None:
-        super().__init__(like.num_features, like.eps, like.momentum, like.affine, like.track_running_stats)
-        self.load_state_dict(like.state_dict())
-        if like.affine:
-            self.to(like.weight)
-        elif like.running_mean is not None:
-            self.to(like.running_mean)
+        super().__init__(like.num_features, like.eps, like.momentum, False, like.track_running_stats)
+        # The very parameters and buffers of `like`, so that whoever holds them goes on holding them.
+        self.affine, self.weight, self.bias = like.affine, like.weight, like.bias
+        self.running_mean, self.running_var = like.running_mean, like.running_var
+        self.num_batches_tracked = like.num_batches_tracked
+        self.train(like.training)
         self.group = group
         self.reading: Mode | None = None
         """Set by `reading_only`: how the layer acts while others read the network."""
@@ -44,25 +44,30 @@ class GroupBatchNorm(_BatchNorm):
                 input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
             )
         moves = mode == "train" and self.track_running_stats
+        if moves and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
         if self.group.size == 1:
             mean = self.running_mean if moves else None
             var = self.running_var if moves else None
-            if moves and self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
-            return F.batch_norm(input, mean, var, self.weight, self.bias, True, self.momentum or 0.0, self.eps)
+            return F.batch_norm(input, mean, var, self.weight, self.bias, True, self._rate() if moves else 0.0, self.eps)
         out, mean_C, var_C, count = _Normalise.apply(input, self.weight, self.bias, self.eps, self.group)
         if moves:
             self._move(mean_C, var_C, count)
         return out
 
+    def _rate(self) -> float:
+        """How far the buffers move; without a momentum they become the mean over all steps, as in plain batch norm."""
+        if self.momentum is not None:
+            return self.momentum
+        assert self.num_batches_tracked is not None
+        return 1.0 / float(self.num_batches_tracked)
+
     def _move(self, mean_C: Tensor, var_C: Tensor, count: Tensor) -> None:
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        assert self.running_mean is not None and self.running_var is not None
         with torch.no_grad():
             unbiased_C = var_C * (count / (count - 1).clamp(min=1))
-            self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(unbiased_C.to(self.running_var.dtype), self.momentum)
-            if self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), self._rate())
+            self.running_var.lerp_(unbiased_C.to(self.running_var.dtype), self._rate())
 
 
 class _Normalise(torch.autograd.Function):
@@ -124,13 +129,23 @@ def _column(value_C: Tensor, like: Tensor) -> Tensor:
 
 
 def synchronise(module: nn.Module, group: Group) -> nn.Module:
-    """Replace every batch norm in `module` by one over `group`, in place; returns the module."""
-    for name, child in module.named_children():
-        if isinstance(child, _BatchNorm):
-            setattr(module, name, GroupBatchNorm(child, group))
-        else:
-            synchronise(child, group)
-    return module
+    """Replace every batch norm in `module` by one over `group`, in place; returns the module.
+
+    Parameters and buffers stay the same objects. A layer that stands in several places stays one layer. Where
+    `module` is itself a batch norm, its replacement is returned.
+    """
+    return _synchronised(module, group, {})
+
+
+def _synchronised(module: nn.Module, group: Group, done: dict[nn.Module, nn.Module]) -> nn.Module:
+    if module in done:
+        return done[module]
+    done[module] = GroupBatchNorm(module, group) if isinstance(module, _BatchNorm) else module
+    # Not named_children(): it leaves out the second name of a layer.
+    for name, child in list(module._modules.items()):
+        if child is not None:
+            module._modules[name] = _synchronised(child, group, done)
+    return done[module]
 
 
 @contextmanager

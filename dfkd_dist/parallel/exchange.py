@@ -126,7 +126,8 @@ class Exchange:
         answers: dict[int, Signals] = {}
         for row, flat in enumerate(received):
             parts = zip(held[row], flat.split(lengths[row]), strict=True)
-            answers |= {k: _unpack(part.view(count, -1), self.shapes[k]) for k, part in parts}
+            # A rank may have no image at all, so no length is left to be inferred.
+            answers |= {k: _unpack(part.view(count, self.width(k)), self.shapes[k]) for k, part in parts}
         return [answers[k] for k in sorted(answers)]
 
     def width(self, teacher: int) -> int:

@@ -40,6 +40,11 @@ class Mesh:
         return self.topology.teachers[self.topology.row_of(self.rank)]
 
 
+def world_group(rank: int, size: int) -> Group:
+    """All joined ranks."""
+    return Group(tuple(range(size)), rank, dist.group.WORLD) if size > 1 else ALONE
+
+
 def make_mesh(topology: Topology, device: torch.device, sync: str = "global") -> Mesh:
     """The mesh over the joined ranks; every rank creates every group, in the same order.
 
@@ -55,7 +60,7 @@ def make_mesh(topology: Topology, device: torch.device, sync: str = "global") ->
     grid = torch.arange(size).view(topology.rows, topology.columns)
     mesh = DeviceMesh(device.type, grid, mesh_dim_names=("teacher", "replica"))
     t, r = topology.row_of(rank), topology.column_of(rank)
-    world = Group(tuple(range(size)), rank, dist.group.WORLD)
+    world = world_group(rank, size)
     row = Group(topology.row_ranks(t), r, mesh.get_group("replica")) if topology.columns > 1 else ALONE
     column = Group(topology.column_ranks(r), t, mesh.get_group("teacher")) if topology.rows > 1 else ALONE
     shared = sync == "global"

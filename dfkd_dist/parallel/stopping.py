@@ -7,6 +7,7 @@ noticed by its missing heartbeats, named, and the others exit instead of waiting
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -29,6 +30,7 @@ EXIT_LOST_RANK = 76
 EXIT_NONFINITE = 77
 """A loss or gradient was NaN or infinite."""
 
+_log = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 _DONE = -1  # the counter of a rank that finished cleanly
 _NO_VERDICT = "-"
@@ -140,6 +142,7 @@ class Heartbeats:
         self._verdict: Lost | None = None
         self._closing, self._closed = threading.Event(), threading.Event()
         self._failure: str | None = None
+        self._published = False
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Self:
@@ -215,7 +218,7 @@ class Heartbeats:
         self._store.add(_count_key(self._facts.rank), 1)
         self._read()
         lost = self.lost()
-        if lost is not None and self._facts.rank == 0:
+        if lost is not None and self._facts.rank == 0 and not self._published:
             self._publish(lost)
 
     def _read(self) -> None:
@@ -235,11 +238,13 @@ class Heartbeats:
         who = f" ({self._store.get(key).decode()})" if self._store.check([key]) else ""
         verdict = json.dumps({"rank": lost.rank, "why": lost.why + who})
         self._store.compare_set("verdict", _NO_VERDICT, verdict)
+        self._published = True
 
     def _say_goodbye(self) -> None:
         hosts = self._facts.rank == 0 and not self._facts.agent_store
-        if self._failure is not None:
-            self._publish(Lost(self._facts.rank, self._failure))
+        verdict = self.lost() if self._failure is None else Lost(self._facts.rank, self._failure)
+        if verdict is not None:
+            self._publish(verdict)
             time.sleep(2 * self._interval_s if hosts else 0.0)  # so that the others can read it
             return
         self._store.set(_count_key(self._facts.rank), str(_DONE))
@@ -266,6 +271,7 @@ class Heartbeats:
         # A suspended job wakes up with every clock far ahead; that is nobody's silence.
         gap = now - self._ticked
         if gap > _PAUSE_S:
+            _log.warning("rank %d did not run for %.0f s; it starts its clocks anew", self._facts.rank, gap)
             self._answered += gap
             self._changed = {rank: at + gap for rank, at in self._changed.items()}
         self._ticked = now

@@ -36,8 +36,9 @@ class RanksFailed(AssertionError):
 class Rank:
     """One running rank."""
 
-    def __init__(self, rank: int, process: BaseProcess, connection: Connection, stderr: Path) -> None:
+    def __init__(self, rank: int, process: BaseProcess, connection: Connection, stderr: Path, hosted: object) -> None:
         self.rank, self.process, self._connection, self._stderr = rank, process, connection, stderr
+        self._hosted = hosted  # a store of this process lives as long as the handles
         self._report: tuple[bool, Any] | None = None
 
     @property
@@ -116,7 +117,7 @@ def start_ranks(
     Rank 0 hosts the store; with ``agent_store`` this process does, as a launcher's agent would.
     """
     context = _server()
-    port, keep = _store_port(agent_store)
+    port, hosted = _store_port(agent_store)
     ranks = []
     for rank in range(size):
         receiver, sender = context.Pipe(duplex=False)
@@ -128,8 +129,7 @@ def start_ranks(
         )
         process.start()
         sender.close()
-        ranks.append(Rank(rank, process, receiver, Path(name)))
-    ranks[0].hosted = keep  # type: ignore[attr-defined]  # the store lives as long as the handles
+        ranks.append(Rank(rank, process, receiver, Path(name), hosted))
     return ranks
 
 

@@ -4,16 +4,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from dfkd_dist.parallel.group import Group
-from dfkd_dist.parallel.launch import launch_facts
-from dfkd_dist.parallel.stopping import EXIT_LOST_RANK, EXIT_STOPPED, Heartbeats, StopFlag, agree
-from tests.distributed.harness import Rank, RanksFailed, run_ranks, start_ranks
+from dfkd_dist.parallel.launch import LaunchError, join, join_at, launch_facts, leave
+from dfkd_dist.parallel.stopping import EXIT_LOST_RANK, Heartbeats, StopFlag, agree
+from tests.distributed.harness import RanksFailed, run_ranks, start_ranks
 
 LIMIT_S = 20.0
 
@@ -27,7 +27,7 @@ def _reduce_forever(rank: int, size: int) -> None:
         try:
             while True:
                 dist.all_reduce(torch.ones(1))
-                time.sleep(0.01)
+                time.sleep(0.05)
         except RuntimeError as error:
             print(heartbeats.explain(error), file=sys.stderr, flush=True)
             sys.exit(EXIT_LOST_RANK)
@@ -55,21 +55,31 @@ def _finish_at_different_times(rank: int, size: int) -> str:
     return str(heartbeats.lost())
 
 
-def _one_raises(rank: int, size: int) -> str:
+def _one_raises(rank: int, size: int) -> None:
     with Heartbeats(launch_facts(), interval_s=0.1) as heartbeats:
         try:
             if rank == 2:
                 raise ZeroDivisionError("a bug on rank 2")
             dist.all_reduce(torch.ones(1))
         except RuntimeError as error:
-            return heartbeats.explain(error)
-    return ""
+            raise RuntimeError(heartbeats.explain(error)) from None
 
 
 def _identify(rank: int, size: int, offset: torch.Tensor) -> tuple[int, torch.Tensor]:
     total = torch.ones(1)
     dist.all_reduce(total)
     return rank, total * 10 + offset
+
+
+def _leave_and_join_again(rank: int, size: int, url: str) -> float:
+    with pytest.raises(LaunchError, match="already joined"):
+        join(launch_facts(), timeout_s=5.0, device="cpu")
+    leave()
+    assert not dist.is_initialized()
+    join_at(rank, size, url)
+    total = torch.tensor(float(rank))
+    dist.all_reduce(total)
+    return total.item()
 
 
 def _fail_on_one(rank: int, size: int) -> None:
@@ -82,23 +92,48 @@ def _sleep_on_one(rank: int, size: int) -> None:
     time.sleep(60.0 * rank)
 
 
-@pytest.fixture
-def start() -> Callable[..., list[Rank]]:
-    started: list[Rank] = []
+SCENARIOS = {
+    f"{how.name} of rank {victim}, store {'on the agent' if agent_store else 'on rank 0'}": (how, victim, agent_store)
+    for how in (signal.SIGKILL, signal.SIGSTOP)
+    for victim in (0, 1)
+    for agent_store in (False, True)
+}
 
-    def _start(*args: object, **options: object) -> list[Rank]:
-        started.extend(start_ranks(*args, **options))
-        return started
 
-    yield _start
-    for rank in started:
-        rank.end()
+@pytest.fixture(scope="module")
+def losses() -> Iterator[dict[str, list[tuple[int | None, str]]]]:
+    """Exit code and stderr of both survivors of every scenario; all run at once, since each only waits."""
+    jobs = {name: start_ranks(_reduce_forever, 3, agent_store=case[2]) for name, case in SCENARIOS.items()}
+    try:
+        time.sleep(4.0)
+        early = [rank.stderr() for job in jobs.values() for rank in job if rank.exit_code(0) is not None]
+        assert not early, early
+        for name, (how, victim, _) in SCENARIOS.items():
+            jobs[name][victim].send_signal(how)
+        end = time.monotonic() + LIMIT_S
+        survivors = {name: [r for r in jobs[name] if r.rank != case[1]] for name, case in SCENARIOS.items()}
+        codes = {
+            name: [rank.exit_code(max(0.0, end - time.monotonic())) for rank in ranks]
+            for name, ranks in survivors.items()
+        }
+        yield {
+            name: [(code, rank.stderr()) for code, rank in zip(codes[name], ranks, strict=True)]
+            for name, ranks in survivors.items()
+        }
+    finally:
+        for job in jobs.values():
+            for rank in job:
+                rank.end()
 
 
 def test_the_harness_returns_results_in_rank_order():
     results = run_ranks(_identify, 3, torch.tensor([0.5]))
     assert [rank for rank, _ in results] == [0, 1, 2]
     assert all(value.tolist() == [30.5] for _, value in results)
+
+
+def test_ranks_can_leave_and_join_without_a_launcher(tmp_path):
+    assert run_ranks(_leave_and_join_again, 3, f"file://{tmp_path}/meeting") == [3.0] * 3
 
 
 def test_the_harness_brings_back_the_traceback():
@@ -111,20 +146,12 @@ def test_the_harness_ends_slow_ranks():
         run_ranks(_sleep_on_one, 2, timeout=2)
 
 
-@pytest.mark.parametrize("agent_store", [False, True], ids=["store on rank 0", "store on the agent"])
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
-def test_a_lost_rank_is_named_and_the_others_leave(start, how, victim, agent_store):
-    ranks = start(_reduce_forever, 3, agent_store=agent_store)
-    time.sleep(2.5)
-    assert all(rank.exit_code(0) is None for rank in ranks), [rank.stderr() for rank in ranks]
-    ranks[victim].send_signal(how)
-    end = time.monotonic() + LIMIT_S
-    survivors = [rank for rank in ranks if rank.rank != victim]
-    codes = [rank.exit_code(max(0.0, end - time.monotonic())) for rank in survivors]
-    said = [rank.stderr() for rank in survivors]
-    assert codes == [EXIT_LOST_RANK] * 2, said
-    assert all(f"rank {victim} was lost" in text for text in said), said
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_lost_rank_is_named_and_the_others_leave(losses, name):
+    victim = SCENARIOS[name][1]
+    for code, said in losses[name]:
+        assert code == EXIT_LOST_RANK, said
+        assert f"rank {victim} was lost" in said
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step():
@@ -148,7 +175,3 @@ def test_an_exception_on_one_rank_is_what_the_others_report():
         run_ranks(_one_raises, 3)
     assert "rank 2: Traceback" in str(failure.value)
     assert "rank 2 was lost: it stopped with ZeroDivisionError: a bug on rank 2" in str(failure.value)
-
-
-def test_exit_codes_are_apart():
-    assert EXIT_STOPPED == 75 and EXIT_LOST_RANK == 76

@@ -1,0 +1,75 @@
+"""Size and cost of networks: parameters, and floating-point operations for one image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dfkd_dist.engine.build import Build
+from dfkd_dist.models.cards import Card
+from dfkd_dist.models.generator import Generator
+from dfkd_dist.models.network import parameter_count
+from dfkd_dist.parallel.batchnorm import reading_only
+from dfkd_dist.sources.generative import GenerativeSource, Kit
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one network weighs.
+
+    Args:
+        parameters: how many numbers are learned.
+        flops: floating-point operations of one forward pass on one image. A multiply-add counts as two;
+            convolutions and matrix products count, elementwise operations do not.
+    """
+
+    parameters: int
+    flops: int
+
+
+def cost_of(network: nn.Module, example: Tensor) -> Cost:
+    """Run a network on one example (on the meta device nothing is computed)."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        network(example)
+    return Cost(parameter_count(network), counter.get_total_flops())
+
+
+def card_cost(card: Card) -> Cost:
+    """Cost of the network that a card describes, without allocating it."""
+    with torch.device("meta"):
+        return cost_of(card.build().eval(), torch.empty(1, card.channels, card.size, card.size))
+
+
+def network_costs(build: Build) -> dict[str, Cost]:
+    """Every network of the run by name: `teacher/NAME`, `student`, `generator/NAME`, `assistant/NAME`.
+
+    All ranks call it: generators and assistants are measured by the ranks that have them. Heads of objectives and
+    batch norm folded into convolutions are left out of the account: a teacher is counted as it came.
+    """
+    named = zip(build.recipe.teachers, build.cards, strict=True)
+    costs = {f"teacher/{spec.name}": card_cost(card) for spec, card in named}
+    costs["student"] = card_cost(build.student_card)
+    if isinstance(build.source, GenerativeSource):
+        own = {name: cost for kit in build.source.kits for name, cost in _kit_costs(kit, build).items()}
+        parts: Sequence[dict[str, Cost]] = build.mesh.column.gather_objects(own)
+        costs |= {name: cost for part in parts for name, cost in sorted(part.items())}
+    return costs
+
+
+def _kit_costs(kit: Kit, build: Build) -> dict[str, Cost]:
+    generator, image = cast(Generator, kit.generator.module), build.recipe.image
+    parameter = next(generator.parameters())
+    with reading_only(generator, "eval"):
+        costs = {kit.generator.name: cost_of(generator, parameter.new_zeros(1, generator.latent))}
+    if kit.assistant is not None:
+        network = kit.side.network
+        with reading_only(network, "eval"):
+            example = parameter.new_zeros(1, image.channels, image.size, image.size)
+            costs[kit.assistant.name] = cost_of(network.network, network.preprocess(example))
+    return costs

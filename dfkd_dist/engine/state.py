@@ -1,0 +1,71 @@
+"""Everything of a run that moves, as parts of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dfkd_dist.engine import checkpoint
+from dfkd_dist.engine.build import Build
+from dfkd_dist.engine.trainer import Position
+
+SOURCE = "source"
+
+
+class RunState:
+    """Saves and restores a built run. Random numbers are counter-based, so the position is all their state.
+
+    Args:
+        build: the run's objects on this rank.
+        folder: where its checkpoints live.
+    """
+
+    def __init__(self, build: Build, folder: Path) -> None:
+        self.build, self.folder = build, folder
+
+    def save(self, seconds: float) -> None:
+        """Write a checkpoint; every rank calls it at the same position.
+
+        Raises:
+            CheckpointError: on all ranks, if one could not write.
+        """
+        trainer, mesh, recipe = self.build.trainer, self.build.mesh, self.build.recipe
+        at = trainer.position
+        about = {
+            "round": at.round,
+            "updates": at.updates,
+            "student": at.student,
+            "tick": at.updates + at.student,
+            "seconds": seconds,
+            "images": dict(trainer.meters.images),
+            "phase_seconds": dict(trainer.meters.seconds),
+            "seed": recipe.seed,
+        }
+        parts: dict[str, Any] = {"student": trainer.student.state_dict()} if mesh.rank == 0 else {}
+        source_state = trainer.source.state_dict()  # may talk to the row: every rank asks
+        if mesh.row.rank == 0:
+            parts |= {player.name: player.state_dict() for player in trainer.source.players}
+            parts |= {f"{SOURCE}/{name}": state for name, state in source_state.items()}
+        checkpoint.save(self.folder, about, parts, mesh.world, recipe.checkpoint.keep)
+
+    def restore(self) -> float | None:
+        """Take up the newest whole checkpoint; returns the seconds the run had taken, or None if there is none.
+
+        Raises:
+            CheckpointError: checkpoints exist, but none is whole.
+        """
+        found = checkpoint.latest(self.folder, self.build.mesh.world)
+        if found is None:
+            return None
+        trainer = self.build.trainer
+        trainer.student.load_state_dict(found.part("student"))
+        for player in trainer.source.players:
+            player.load_state_dict(found.part(player.name))
+        own = {teacher.name for teacher in self.build.teachers}
+        kept = {name.partition("/")[2]: name for name in found.files if name.startswith(f"{SOURCE}/")}
+        trainer.source.load_state_dict({name: found.part(part) for name, part in kept.items() if name in own})
+        about = found.about
+        trainer.position = Position(about["round"], about["updates"], about["student"])
+        trainer.meters.images.update(about["images"])
+        trainer.meters.seconds.update(about["phase_seconds"])
+        return float(about["seconds"])

@@ -1,0 +1,151 @@
+"""Recipes and teachers small enough for tests: seconds on one core, and none of the parts degenerate."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dfkd_dist.models.cards import Card, save_network
+from dfkd_dist.models.registry import build_network
+
+Tree = dict[str, Any]
+
+CLASSES = 5
+NAMES = [f"class_{c}" for c in range(CLASSES)]
+ZOO = [
+    {"arch": "tiny", "size": 8, "channels": 3, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3], "classes": NAMES},
+    # Another architecture, resolution, number of channels and class order.
+    {"arch": "resnet8", "size": 10, "channels": 1, "mean": [0.3], "std": [0.3], "classes": NAMES[::-1]},
+    {"arch": "wrn16_1", "size": 8, "channels": 3, "mean": [0.5] * 3, "std": [0.25] * 3, "classes": NAMES},
+]
+
+
+def stir(network: nn.Module, seed: int) -> nn.Module:
+    """Batch norms as after training (no mean of 0, no variance of 1), and logits that say something; in place."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, _BatchNorm) and module.running_mean is not None:
+                size = module.running_mean.shape
+                module.running_mean.copy_(0.2 * torch.randn(size, generator=g))
+                module.running_var.copy_(0.5 + torch.rand(size, generator=g))
+                if module.affine:
+                    module.weight.copy_(0.7 + 0.6 * torch.rand(size, generator=g))
+                    module.bias.copy_(0.2 * torch.randn(size, generator=g))
+        last = [m for m in network.modules() if isinstance(m, nn.Linear)][-1]
+        last.weight.copy_(torch.randn(last.weight.shape, generator=g) * 2.0 / last.in_features**0.5)
+    return network
+
+
+def write_teachers(folder: Path, count: int) -> list[Tree]:
+    """`count` unlike teachers as files with cards; returns their sections of a recipe."""
+    sections = []
+    for k in range(count):
+        torch.manual_seed(k)
+        card = Card(num_classes=CLASSES, **ZOO[k % len(ZOO)])
+        network = stir(build_network(card.arch, num_classes=CLASSES, in_channels=card.channels), seed=k)
+        path = folder / f"teacher_{k}.safetensors"
+        save_network(path, network.state_dict(), card)
+        sections.append({"name": f"t{k}", "weights": str(path)})
+    return sections
+
+
+def random_teachers(count: int) -> list[Tree]:
+    """Sections of teachers without files, for tests of everything but their answers."""
+    archs = ["tiny", "resnet8", "tiny"]
+    return [{"name": f"t{k}", "weights": "random", "arch": archs[k % 3]} for k in range(count)]
+
+
+def merged(tree: Tree, changes: Tree) -> Tree:
+    """A copy of `tree` with `changes` over it, section by section."""
+    out = copy.deepcopy(tree)
+    for key, value in changes.items():
+        out[key] = merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+def base(teachers: list[Tree], **changes: Any) -> Tree:
+    """What all of them share; B does not divide by any number of ranks above one."""
+    tree = {
+        "name": "test",
+        "method": "test",
+        "image": {"size": 8, "channels": 3},
+        "num_classes": CLASSES,
+        "batch": 11,
+        "rounds": {"warmup": 2, "main": 18, "student_steps": 1},
+        "teachers": teachers,
+        "student": {"arch": "tiny"},
+        "optimizer": {"lr": 0.02},
+        "precision": {"train": "fp64", "teacher": "fp64"},
+        "source": {"kind": "generative", "generator": {"latent": 16, "width": 16, "blocks": 2}},
+    }
+    return merged(tree, changes)
+
+
+def dfmf(teachers: list[Tree], **changes: Any) -> Tree:
+    """Assistants, VID, augmentation and a warm-up: everything of DFMF."""
+    source = {
+        "loss": {"bn": 0.1, "ice": 0.2, "bce": 0.3, "adv": 1.0},
+        "warmup_loss": {"bn": 1.0, "ice": 1.0, "bce": 1.0},
+        "adversary": {"against": "assistant"},
+        "assistant": {"steps": 1, "optimizer": {"lr": 0.02}},
+    }
+    tree = base(teachers, source=source, objective={"vid": 1.0})
+    return merged(merged(tree, {"augment": {"rotation": 10.0, "crop_padding": 1, "flip": True}}), changes)
+
+
+def dfq(teachers: list[Tree], batch_norm: str = "eval", **changes: Any) -> Tree:
+    """The adversary is the student; weighted teachers."""
+    source = {
+        "loss": {"bn": 1.0, "ice": 0.5, "bce": 1.0, "adv": 1.0},
+        "bn": {"form": "l2"},
+        "adversary": {"against": "student", "batch_norm": batch_norm},
+    }
+    weighted = [section | {"weight": 1.0 + k} for k, section in enumerate(teachers)]
+    return merged(base(weighted, source=source, optimizer={"weight_decay": 5e-4}), changes)
+
+
+def dafl(teachers: list[Tree], **changes: Any) -> Tree:
+    """The student trains on the very images that the generator step made."""
+    source = {
+        "loss": {"oh": 1.0, "bce": 5.0, "act": 0.1},
+        "student_images": "from_update",
+        "generator": {"head": "bn"},
+        "optimizer": {"kind": "adam", "lr": 1e-3},
+    }
+    rounds = {"warmup": 0, "main": 5, "student_steps": 2}
+    return merged(base(teachers, source=source, rounds=rounds, augment={"flip": True}), changes)
+
+
+def zskt(teachers: list[Tree], **changes: Any) -> Tree:
+    """One set of latents per round, attention transfer, reverse KL, the adversary in batch mode."""
+    source = {
+        "loss": {"adv": 1.0},
+        "adversary": {"against": "student", "temperature": 1.0, "batch_norm": "batch"},
+        "latents": "per_round",
+        "generator": {"head": "bn"},
+    }
+    objective = {"at": 10.0, "temperature": 1.0, "kl_direction": "reverse", "target": "lowest_entropy"}
+    rounds = {"warmup": 0, "main": 4, "student_steps": 3}
+    return merged(base(teachers, source=source, objective=objective, rounds=rounds), changes)
+
+
+def dfad(teachers: list[Tree], **changes: Any) -> Tree:
+    """Student first, L1 on both sides."""
+    source = {
+        "loss": {"adv": 1.0},
+        "adversary": {"against": "student", "form": "l1"},
+        "student_first": True,
+        "generator": {"head": "bn"},
+    }
+    objective = {"kl": 0.0, "l1": 1.0, "target": "mean_logits"}
+    rounds = {"warmup": 0, "main": 5, "student_steps": 2}
+    optimizer = {"clip": 1.0, "nesterov": True}
+    schedule = {"kind": "multistep", "milestones": [0.3, 0.6]}
+    changed = {"source": source, "objective": objective, "rounds": rounds, "optimizer": optimizer, "schedule": schedule}
+    return merged(base(teachers, **changed), changes)
