@@ -55,7 +55,9 @@ def find_recipe(name: str | Path, near: Path | None = None) -> Path:
         if place.is_file():
             return place
     # Files under `_parts` are bases, not recipes.
-    known = [str(p.relative_to(shipped)) for p in shipped.rglob("*.yaml") if near is not None or "_parts" not in p.parts]
+    known = [
+        str(p.relative_to(shipped)) for p in shipped.rglob("*.yaml") if near is not None or "_parts" not in p.parts
+    ]
     raise RecipeError(f"no recipe file {name}{_nearest(str(given).removeprefix('configs/'), known)}")
 
 
@@ -102,15 +104,18 @@ def _read_one(path: Path) -> dict[str, Any]:
 
 
 def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` on top of `under`; mappings merge (unless their `kind` changes), all else is replaced."""
+    """`over` on top of `under`; mappings merge (unless both say a `kind` and these differ), all else is replaced."""
     merged = dict(under)
     for key, value in over.items():
         below = merged.get(key)
-        same_kind = (
-            isinstance(below, dict) and isinstance(value, dict) and value.get("kind") in (None, below.get("kind"))
-        )
-        merged[key] = _merge(below, value) if same_kind and isinstance(below, dict) else value
+        if isinstance(below, dict) and isinstance(value, dict) and _same_kind(below, value):
+            value = _merge(below, value)
+        merged[key] = value
     return merged
+
+
+def _same_kind(below: dict[str, Any], value: dict[str, Any]) -> bool:
+    return "kind" not in below or "kind" not in value or below["kind"] == value["kind"]
 
 
 def apply_override(tree: dict[str, Any], override: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 class Spec(BaseModel):
@@ -24,6 +24,18 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Channels = Literal[1, 3]
+
+
+def _fillable(out: str) -> str:
+    try:
+        out.format(name="", seed=0)
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"{out!r} cannot be filled in ({error}); allowed: {{name}} and {{seed}}") from None
+    return out
+
+
+OutDir = Annotated[str, AfterValidator(_fillable)]
+"""A directory in which {name} and {seed} are filled in."""
 
 
 class ImageSpec(Spec):
@@ -390,7 +402,7 @@ class Recipe(Spec):
     method: str
     about: str = ""
     seed: CountOrZero = 0
-    out: str = "runs/{name}"
+    out: OutDir = "runs/{name}"
     """The run directory; {name} and {seed} are filled in."""
     image: ImageSpec
     num_classes: Annotated[int, Field(ge=2)]
@@ -442,7 +454,6 @@ class Recipe(Spec):
         if self.batch < len(self.teachers):
             raise ValueError(f"batch is {self.batch}, fewer than the {len(self.teachers)} teachers")
 
-
     def _check_warmup(self, source: GenerativeSpec) -> None:
         warmup = self.rounds.warmup
         if source.freeze_after_warmup and warmup == 0:
@@ -459,7 +470,7 @@ class TeachersRecipe(Spec):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
     seed: CountOrZero = 0
-    out: str = "runs/teachers/{name}"
+    out: OutDir = "runs/teachers/{name}"
     dataset: DatasetSpec
     split: SplitSpec
     archs: Annotated[list[str], Field(min_length=1)]

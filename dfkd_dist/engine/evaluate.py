@@ -193,16 +193,16 @@ def run_labels(images: ImageSet, build: Build) -> Tensor:
     """The set's labels `[N]` in the run's class order.
 
     Raises:
-        ValueError: another number of classes, or other class names than the teachers'.
+        ValueError: another number of classes, or other class names than the run's.
     """
     classes = build.recipe.num_classes
     if len(images.classes) != classes:
         raise ValueError(f"evaluation.dataset has {len(images.classes)} classes, but num_classes is {classes}")
-    reference = reference_classes(build.cards)
+    reference = reference_classes(build.cards) or build.student_card.classes
     try:
         order = class_order(images.classes, reference, "of evaluation.dataset")
     except ValueError as error:
-        raise ValueError(f"evaluation.dataset: its class names are not the teachers' ({error})") from error
+        raise ValueError(f"evaluation.dataset: its class names are not the run's ({error})") from error
     return images.labels_N if order is None else torch.tensor(order).argsort()[images.labels_N]
 
 

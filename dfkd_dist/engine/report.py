@@ -99,8 +99,7 @@ def formulas(recipe: Recipe) -> dict[str, str]:
     if isinstance(source, GenerativeSpec):
         found["generator"] = _sum(source.loss.weights())
         if recipe.rounds.warmup:
-            warm = source.warmup_loss.weights() if source.warmup_loss else source.loss.weights() | {"adv": 0.0}
-            found["generator (warm-up)"] = _sum(warm)
+            found["generator (warm-up)"] = _sum(source.warmup_weights())
         if source.assistant is not None:
             found["assistant"] = _objective(source.assistant.objective)
     return found
@@ -132,11 +131,9 @@ def image_passes(recipe: Recipe, update_steps: Callable[[int], int], rounds: int
     made = k * recipe.batch * sum(steps > 0 for steps in inner)
     mimicked = k * recipe.batch * sum(max(steps - 1, 0) for steps in inner)
     taught = main * recipe.rounds.student_steps * k * (recipe.batch // k)
-    warm_adv = source.warmup_loss.adv if source.warmup_loss is not None else 0.0
-    fought = [
-        steps > 0 and (source.loss.adv if r >= recipe.rounds.warmup else warm_adv) > 0 for r, steps in enumerate(inner)
-    ]
-    read = k * recipe.batch * sum(fought)
+    adv = {True: source.warmup_weights()["adv"], False: source.loss.adv}
+    fought = sum(steps > 0 and adv[round < recipe.rounds.warmup] > 0 for round, steps in enumerate(inner))
+    read = k * recipe.batch * fought
     passes = {
         "generator": made + mimicked + (taught if source.student_images == "fresh" else 0),
         "teacher": made + mimicked + k * taught,

@@ -47,9 +47,8 @@ class GroupBatchNorm(_BatchNorm):
         if moves and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         if self.group.size == 1:
-            mean = self.running_mean if moves else None
-            var = self.running_var if moves else None
-            return F.batch_norm(input, mean, var, self.weight, self.bias, True, self._rate() if moves else 0.0, self.eps)
+            mean, var, rate = (self.running_mean, self.running_var, self._rate()) if moves else (None, None, 0.0)
+            return F.batch_norm(input, mean, var, self.weight, self.bias, True, rate, self.eps)
         out, mean_C, var_C, count = _Normalise.apply(input, self.weight, self.bias, self.eps, self.group)
         if moves:
             self._move(mean_C, var_C, count)

@@ -26,7 +26,7 @@ import torch
 from dfkd_dist.parallel import launch
 
 ROOT = Path(__file__).resolve().parents[2]
-PRELOAD = ["torch", "torch.distributed", "torchvision", "numpy", "dfkd_dist.parallel.stopping"]
+PRELOAD = ["torch", "torch.distributed", "torchvision", "numpy", "dfkd_dist.parallel.stopping", "dfkd_dist.engine.build"]
 
 
 class RanksFailed(AssertionError):

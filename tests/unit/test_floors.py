@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A part is the first name below dfkd_dist (a sub-package or a module), or the top-level folder launch/.
 FLOORS = {
     "resources": 0,  # where the shipped files are; the recipe schema asks it
-    "__init__": 1,
+    "__init__": 2,  # offers `load_student`
     "config": 1,
     "models": 1,
     "losses": 1,
