@@ -14,9 +14,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the process's exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["train"]:
-        from dfkd_dist.engine.run import command, main as train
+        from dfkd_dist.engine import run
 
-        return command(lambda: train(arguments[1:]))
+        return run.command(lambda: run.main(arguments[1:]))
     given = _parser().parse_args(arguments)
     from dfkd_dist.engine.run import command
 
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="accuracy of a run's teachers, ensembles and student")
     evaluate.add_argument("run", type=Path)
-    evaluate.add_argument("--data", nargs="+", metavar="key=value", default=[], help="the image set; default: the run's")
+    evaluate.add_argument("--data", nargs="+", metavar="key=value", default=[], help="an image set; default: the run's")
     evaluate.add_argument("--split", choices=["val", "test"], default="test")
     evaluate.set_defaults(act=_evaluate)
 

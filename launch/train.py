@@ -1,8 +1,8 @@
 """Train a student on the ranks that a launcher started.
 
-    accelerate launch --config_file launch/accelerate/cpu.yaml --num_processes 2 launch/train.py RECIPE [key=value ...]
-    torchrun --nproc_per_node 4 launch/train.py RECIPE
-    python launch/train.py RECIPE
+accelerate launch --config_file launch/accelerate/cpu.yaml --num_processes 2 launch/train.py RECIPE [key=value ...]
+torchrun --nproc_per_node 4 launch/train.py RECIPE
+python launch/train.py RECIPE
 """
 
 import sys

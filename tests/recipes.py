@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -149,3 +150,29 @@ def dfad(teachers: list[Tree], **changes: Any) -> Tree:
     schedule = {"kind": "multistep", "milestones": [0.3, 0.6]}
     changed = {"source": source, "objective": objective, "rounds": rounds, "optimizer": optimizer, "schedule": schedule}
     return merged(base(teachers, **changed), changes)
+
+
+def labelled(folder: Path, **changes: Any) -> Tree:
+    """Supervised training on images of noise."""
+    g = torch.Generator().manual_seed(0)
+    arrays = {}
+    for split, count in (("train", 40), ("test", 10)):
+        arrays[f"{split}_x"] = torch.randint(0, 256, (count, 8, 8), generator=g, dtype=torch.uint8).numpy()
+        arrays[f"{split}_y"] = (torch.arange(count) % CLASSES).numpy()
+    np.savez(folder / "noise.npz", **arrays)
+    dataset = {"kind": "npz", "path": str(folder / "noise.npz"), "size": 8, "channels": 1}
+    tree = {
+        "name": "test",
+        "method": "supervised",
+        "image": {"size": 8, "channels": 1},
+        "num_classes": CLASSES,
+        "batch": 11,
+        "rounds": {"main": 10},
+        "student": {"arch": "tiny"},
+        "optimizer": {"lr": 0.02},
+        "objective": {"kl": 0.0, "ce": 1.0},
+        "precision": {"train": "fp64", "teacher": "fp64"},
+        "augment": {"rotation": 10.0, "crop_padding": 1},
+        "source": {"kind": "labelled", "dataset": dataset},
+    }
+    return merged(tree, changes)

@@ -1,5 +1,6 @@
 """The typed recipe: its schema, and reading it from YAML."""
 
+from dfkd_dist.config.base import Spec
 from dfkd_dist.config.reading import (
     RecipeError,
     apply_override,
@@ -31,12 +32,11 @@ from dfkd_dist.config.schema import (
     Recipe,
     RoundsSpec,
     ScheduleSpec,
-    Spec,
     SplitSpec,
     StudentSpec,
     TeacherSpec,
-    TeachersRecipe,
 )
+from dfkd_dist.config.teachers import TeachersRecipe
 
 __all__ = [
     "AdversarySpec",

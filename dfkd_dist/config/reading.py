@@ -11,7 +11,9 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import ValidationError
 
-from dfkd_dist.config.schema import Recipe, Spec, TeachersRecipe
+from dfkd_dist.config.base import Spec
+from dfkd_dist.config.schema import Recipe
+from dfkd_dist.config.teachers import TeachersRecipe
 from dfkd_dist.resources import configs_dir
 
 S = TypeVar("S", bound=Spec)
@@ -22,15 +24,14 @@ class RecipeError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with 1e-3 read as a number and repeated keys refused."""
+    """Safe YAML (no tags that make objects) with 1e-3 read as a number and repeated keys refused."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [k.value for k, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise RecipeError(
-                    f"{node.start_mark.name}: key {key!r} stands twice near line {node.start_mark.line + 1}"
-                )
+        seen: list[Any] = []
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+            seen.append(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -39,6 +40,16 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)$"),
     list("-+0123456789."),
 )
+
+
+def _parse_yaml(text: str, name: str) -> Any:
+    """The one document in `text`; errors (yaml.YAMLError) say `name`, line and column."""
+    loader = _Loader(text)
+    loader.name = name
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def find_recipe(name: str | Path, near: Path | None = None) -> Path:
@@ -92,8 +103,7 @@ def _bases(path: Path, layer: dict[str, Any]) -> list[str]:
 
 def _read_one(path: Path) -> dict[str, Any]:
     try:
-        # _Loader derives from SafeLoader: no tags that construct objects.
-        content = yaml.load(path.read_text(), Loader=_Loader)  # noqa: S506
+        content = _parse_yaml(path.read_text(), path.name)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not valid YAML: {error}") from error
     except OSError as error:
@@ -128,7 +138,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise RecipeError(f"override {override!r}: expected key=value, for example student.arch=resnet34")
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506
+        value = _parse_yaml(text, key)
     except yaml.YAMLError as error:
         raise RecipeError(f"override {override!r}: the value is not valid YAML: {error}") from error
     node: Any = tree

@@ -1,7 +1,8 @@
 """Checkpoints that are whole or not there: written aside, checksummed, renamed; readable on any number of ranks.
 
 A checkpoint is a directory of parts. A part is keyed by what it is (`student`, `generator/t0`), never by a rank, so a
-run can go on with other ranks than it stopped with. `manifest.json`, written last, lists every file with size and sha256.
+run can go on with other ranks than it stopped with. `manifest.json`, written last, lists every file with size and sha256
+and carries its own.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,6 +26,7 @@ from dfkd_dist.parallel.group import Group
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+T = TypeVar("T")
 
 
 class CheckpointError(RuntimeError):
@@ -48,11 +51,16 @@ class Checkpoint:
         """What was saved as `name`, on the CPU; never runs code from the file.
 
         Raises:
-            CheckpointError: there is no such part.
+            CheckpointError: there is no such part, or it holds more than tensors and plain values.
         """
         if name not in self.files:
             raise CheckpointError(f"{self.path}: no part {name!r}; there are: {', '.join(sorted(self.files))}")
-        return torch.load(self.path / self.files[name], map_location="cpu", weights_only=True)
+        file = self.path / self.files[name]
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch's own message proposes to load it unsafely
+            what = f"{type(error).__name__}; only tensors and plain values are loaded"
+            raise CheckpointError(f"{file} was refused ({what})") from error
 
 
 def save(folder: Path, about: Mapping[str, Any], own: Mapping[str, Any], world: Group, keep: int) -> Path:
@@ -70,26 +78,40 @@ def save(folder: Path, about: Mapping[str, Any], own: Mapping[str, Any], world: 
     """
     name = f"round_{about['round']:08d}_{about['tick']:04d}"
     aside, final = folder / f".tmp_{name}", folder / name
-    _together(world, "prepare", lambda: _prepare(aside) if world.rank == 0 else None)
-    written = _together(world, "write", lambda: {part: _write_part(aside, part, state) for part, state in own.items()})
-    files = {part: entry for of_rank in written for part, entry in of_rank.items()}
-    _together(world, "publish", lambda: _publish(aside, final, about, files) if world.rank == 0 else None)
-    if world.rank == 0:
-        for old in _complete(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+    first = world.rank == 0
+    doing = "write the checkpoint (the one before is still good)"
+    try:
+        together(world, doing, lambda: _prepare(aside) if first else None)
+        written = together(world, doing, lambda: {part: _write_part(aside, part, own[part]) for part in own})
+        files = {part: entry for of_rank in written for part, entry in of_rank.items()}
+        together(world, doing, lambda: _publish(aside, final, about, files) if first else None)
+    except CheckpointError:
+        if first:
+            shutil.rmtree(aside, ignore_errors=True)  # gives a full disk its space back
+        raise
+    if first:
+        _prune(folder, final, keep)
     return final
 
 
-def _together(world: Group, doing: str, act: Any) -> list[Any]:
-    """Run `act` on each rank and share results; an error on one rank becomes the same error on all."""
+def together(world: Group, doing: str, act: Callable[[], T]) -> list[T]:
+    """Run `act` on each rank and share what it returns, in rank order.
+
+    Raises:
+        CheckpointError: on every rank alike, if `act` failed on any; names ranks and causes.
+    """
     try:
         outcome: tuple[str | None, Any] = (None, act())
     except Exception as error:  # whatever happened here must reach the others, who are waiting
-        outcome = (f"{type(error).__name__}: {error}", None)
+        outcome = (str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}", None)
     outcomes = world.gather_objects(outcome)
-    errors = [f"rank {rank}: {message}" for rank, (message, _) in enumerate(outcomes) if message is not None]
-    if errors:
-        raise CheckpointError(f"could not {doing} the checkpoint ({'; '.join(errors)}); the one before is still good")
+    causes: dict[str, list[str]] = {}
+    for rank, (message, _) in enumerate(outcomes):
+        if message is not None:
+            causes.setdefault(message, []).append(str(rank))
+    if causes:
+        named = "; ".join(f"rank {', '.join(ranks)}: {message}" for message, ranks in causes.items())
+        raise CheckpointError(f"could not {doing}: {named}")
     return [value for _, value in outcomes]
 
 
@@ -119,10 +141,16 @@ def _write_durably(path: Path, content: bytes | memoryview) -> None:
 def _publish(aside: Path, final: Path, about: Mapping[str, Any], files: Mapping[str, Any]) -> None:
     for entry in files.values():
         if not (aside / entry["file"]).is_file():
-            raise OSError(f"{aside / entry['file']} is not visible on rank 0: the run directory must be shared by all nodes")
-    manifest = json.dumps({"about": dict(about), "files": dict(files)}, indent=1, sort_keys=True)
-    _write_durably(aside / MANIFEST, manifest.encode())
+            raise OSError(
+                f"{aside / entry['file']} is not visible on rank 0: the run directory must be shared by all nodes"
+            )
+    content = {"about": dict(about), "files": dict(files)}
+    _write_durably(aside / MANIFEST, json.dumps(content | {"sha256": _digest(content)}, indent=1).encode())
     if final.exists():
+        if _is_whole(final):
+            # This very state, from before a resume. Replacing it would leave a moment without either.
+            shutil.rmtree(aside)
+            return
         shutil.rmtree(final)
     aside.rename(final)
     folder = os.open(final.parent, os.O_RDONLY)
@@ -132,9 +160,30 @@ def _publish(aside: Path, final: Path, about: Mapping[str, Any], files: Mapping[
         os.close(folder)
 
 
-def _complete(folder: Path) -> list[Path]:
-    """Published checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("round_*") if (path / MANIFEST).is_file())
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return bool(read(path))
+    except CheckpointError:
+        return False
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """Published checkpoints, oldest first; whole or not."""
+    found = [(re.fullmatch(r"round_(\d+)_(\d+)", path.name), path) for path in folder.glob("round_*")]
+    return [path for *_, path in sorted((int(m[1]), int(m[2]), path) for m, path in found if m)]
+
+
+def _prune(folder: Path, newest: Path, keep: int) -> None:
+    """Leave the last `keep` up to `newest`; those after it were refused when the run was resumed before them."""
+    found = _numbered(folder)
+    kept = found[: found.index(newest) + 1][-keep:]
+    for path in found:
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def latest(folder: Path, world: Group) -> Checkpoint | None:
@@ -153,9 +202,8 @@ def latest(folder: Path, world: Group) -> Checkpoint | None:
 
 
 def _newest_whole(folder: Path) -> Checkpoint | str | None:
-    found = sorted(folder.glob("round_*"), reverse=True)
     refused = []
-    for path in found:
+    for path in reversed(_numbered(folder)):
         try:
             return read(path)
         except CheckpointError as error:
@@ -173,19 +221,24 @@ def read(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         about, files = manifest["about"], manifest["files"]
+        altered = manifest["sha256"] != _digest({"about": about, "files": files})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is missing or damaged ({type(error).__name__})") from error
+    if altered:
+        raise CheckpointError(f"{path / MANIFEST} does not have its own sha256: altered")
     for entry in files.values():
         _verify(path / entry["file"], entry)
     return Checkpoint(path, about, {part: entry["file"] for part, entry in files.items()})
 
 
 def _verify(file: Path, entry: Mapping[str, Any]) -> None:
-    if not file.is_file():
-        raise CheckpointError(f"{file} is missing")
-    size = file.stat().st_size
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as content:
+            sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror})") from error
     if size != entry["bytes"]:
         raise CheckpointError(f"{file} has {size} bytes, the manifest says {entry['bytes']}: truncated or altered")
-    with file.open("rb") as content:
-        if hashlib.file_digest(content, "sha256").hexdigest() != entry["sha256"]:
-            raise CheckpointError(f"{file} does not have the sha256 of the manifest: altered")
+    if sha256 != entry["sha256"]:
+        raise CheckpointError(f"{file} does not have the sha256 of the manifest: altered")

@@ -22,7 +22,7 @@ INPUT, OUTPUT, BATCH = "images", "logits", "batch"
 OPSET = 20
 
 
-def export_student(build: Build, path: Path, about: Mapping[str, Any] | None = None) -> Path:
+def export_student(build: Build, path: Path, about: Mapping[str, Any] | None = None) -> list[Path]:
     """Write the student alone (no heads of objectives) as `NAME.safetensors` and `NAME.json`; call it on rank 0 only.
 
     Its batch norms are stored as plain ones, and numbers in fp32. `dfkd_dist.load_student` reads it.
@@ -33,12 +33,12 @@ def export_student(build: Build, path: Path, about: Mapping[str, Any] | None = N
         about: shown to people and tools in the card; the accuracy, method, name and seed are taken from it.
 
     Returns:
-        The path of the weights.
+        What was written: the weights, then the card.
     """
     state = build.side.network.network.state_dict()
     state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
     save_network(path, state, build.student_card, _about(about or {}))
-    return path.with_suffix(".safetensors")
+    return [path.with_suffix(".safetensors"), path.with_suffix(".json")]
 
 
 def _about(summary: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,12 +53,38 @@ class Meters:
         """Means since the last call, the same on every rank; starts anew."""
         own = {name: (float(total), self._counts[name]) for name, total in self._sums.items()}
         self._sums, self._counts = {}, defaultdict(int)
-        means: dict[str, float] = defaultdict(float)
+        totals: dict[str, float] = defaultdict(float)
+        counts: dict[str, int] = defaultdict(int)
         for part in world.gather_objects(own):
             for name, (total, count) in part.items():
-                means[name] += total / count
-        return dict(sorted(means.items()))
+                totals[name] += total
+                counts[name] = max(counts[name], count)  # ranks without the player may hold an old sum of it
+        return {name: totals[name] / counts[name] for name in sorted(totals)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's sums since the last `read`."""
+        return {"sums": {name: total.cpu() for name, total in self._sums.items()}, "counts": dict(self._counts)}
+
+    def load_state_dicts(self, states: list[dict[str, Any]], world: Group) -> None:
+        """Go on with the sums of all ranks, in rank order; where their number is another, rank 0 takes them all."""
+        if len(states) == world.size:
+            sums, counts = states[world.rank]["sums"], states[world.rank]["counts"]
+        else:
+            sums, counts = _merged(states)
+            sums = sums if world.rank == 0 else {name: torch.zeros_like(total) for name, total in sums.items()}
+        self._sums = {name: total.to(self.device) for name, total in sums.items()}
+        self._counts = defaultdict(int, counts)
 
     def throughput(self) -> dict[str, float]:
         """Images per second of each phase."""
         return {p: n / self.seconds[p] for p, n in self.images.items() if n and self.seconds[p] > 0}
+
+
+def _merged(states: list[dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    for state in states:
+        for name, total in state["sums"].items():
+            sums[name] = sums[name] + total if name in sums else total
+            counts[name] = max(counts.get(name, 0), state["counts"][name])
+    return sums, counts

@@ -26,8 +26,8 @@ from dfkd_dist.data.datasets import ImageSet, load_image_set, to_image_space
 from dfkd_dist.data.splits import frequent_classes
 from dfkd_dist.engine.build import party_shares
 from dfkd_dist.engine.export import STUDENT
-from dfkd_dist.engine.rundir import RunDirError
 from dfkd_dist.engine.run import run
+from dfkd_dist.engine.rundir import RunDirError
 from dfkd_dist.models.cards import Card, read_card, save_network
 from dfkd_dist.models.weights import load_state
 

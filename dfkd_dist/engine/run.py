@@ -88,7 +88,7 @@ def run(
         except NonFinite as failure:
             log.error("%s", failure)
             return EXIT_NONFINITE, None
-        except (RuntimeError, OSError) as error:
+        except RuntimeError as error:
             if isinstance(error, CheckpointError) or facts.world_size == 1:
                 raise
             # A collective breaks when a peer dies: say who, and do not try to checkpoint without it.
@@ -118,7 +118,7 @@ class _Session:
         self.everyone = world_group(facts.rank, facts.world_size)
         self.path: Path = self._on_first(lambda: check_run(recipe, resume=resume, overwrite=overwrite))
         self.build: Build = build(recipe, device, facts.world_size, stop_flag)
-        self._on_first(lambda: create_run(self.path, overwrite=overwrite))
+        self._on_first(lambda: create_run(self.path, recipe, overwrite=overwrite))
         self.state = RunState(self.build, self.path / CHECKPOINTS)
         self.before_s, self.started = 0.0, time.monotonic()
 

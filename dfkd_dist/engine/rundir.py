@@ -16,10 +16,22 @@ from dfkd_dist.config import Recipe, dump
 from dfkd_dist.parallel.mesh import Mesh
 
 RECIPE, CHECKPOINTS = "recipe.yaml", "checkpoints"
-PACKAGES = ("dfkd-dist", "torch", "torchvision", "numpy", "accelerate", "scikit-learn", "safetensors", "pydantic", "timm")
+PACKAGES = (
+    "dfkd-dist",
+    "torch",
+    "torchvision",
+    "numpy",
+    "accelerate",
+    "scikit-learn",
+    "safetensors",
+    "pydantic",
+    "timm",
+)
 
-CHANGEABLE = {"mesh", "checkpoint", "log", "evaluation", "out", "about"}
-"""Keys that may differ when a run is resumed: they do not change what is learned."""
+CHANGEABLE = ("mesh.rows", "checkpoint", "log", "evaluation", "out", "about")
+"""Keys (and what is below them) that may differ when a run is resumed: they do not change what is learned."""
+
+_ABSENT = "absent"
 
 
 class RunDirError(ValueError):
@@ -33,12 +45,15 @@ def check_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
         RunDirError: it holds a run and neither flag was given; it cannot be written; the recipe differs on resume.
     """
     path = recipe.run_dir()
-    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not existing.is_dir():
-        raise RunDirError(f"{path}: {existing} is a file, not a directory")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise RunDirError(f"{path}: {existing} is not writable")
-    occupied = path.exists() and any(path.iterdir())
+    try:
+        existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+        if not existing.is_dir():
+            raise RunDirError(f"{path}: {existing} is a file, not a directory")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise RunDirError(f"{path}: {existing} is not writable")
+        occupied = path.exists() and any(not _is_aside(entry) for entry in path.iterdir())
+    except OSError as error:
+        raise RunDirError(f"{path} cannot be looked into: {error.strerror} ({error.filename})") from error
     if occupied and not (resume or overwrite):
         raise RunDirError(f"{path} exists; give --resume to go on, --overwrite to start again, or out=OTHER")
     if occupied and overwrite and not (path / RECIPE).is_file():
@@ -48,8 +63,10 @@ def check_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
     return path
 
 
-def create_run(path: Path, *, overwrite: bool) -> None:
-    """Make the directory; with `overwrite` an earlier run in it goes first. Call it on rank 0 only.
+def create_run(path: Path, recipe: Recipe, *, overwrite: bool) -> None:
+    """Make the directory; with `overwrite` an earlier run in it goes first, else nothing changes in a run that is there.
+
+    Call it on rank 0 only.
 
     Raises:
         RunDirError: it cannot be created.
@@ -57,31 +74,62 @@ def create_run(path: Path, *, overwrite: bool) -> None:
     try:
         if overwrite and path.exists():
             shutil.rmtree(path)
-        (path / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
+        # First of all: a directory without a recipe is no run, and could be neither resumed nor overwritten.
+        if not (path / RECIPE).exists():
+            _write_whole(path / RECIPE, dump(recipe))
+        (path / CHECKPOINTS).mkdir(exist_ok=True)
     except OSError as error:
         raise RunDirError(f"{path} cannot be created: {error.strerror}") from error
 
 
 def _same_recipe(path: Path, recipe: Recipe) -> None:
     try:
-        before = yaml.safe_load((path / RECIPE).read_text())
-    except (OSError, yaml.YAMLError) as error:
+        before = _flat(yaml.safe_load((path / RECIPE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise RunDirError(f"{path / RECIPE} cannot be read, so --resume cannot check the recipe: {error}") from error
-    now = yaml.safe_load(dump(recipe))
-    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in CHANGEABLE)
+    now = _flat(yaml.safe_load(dump(recipe)))
+    differing = [k for k in sorted(before.keys() | now.keys()) if before.get(k, _ABSENT) != now.get(k, _ABSENT)]
+    changed = [k for k in differing if not any(k == free or k.startswith(f"{free}.") for free in CHANGEABLE)]
     if changed:
-        shown = ", ".join(f"{k} (was {before.get(k)!r}, now {now.get(k)!r})" for k in changed)
-        raise RunDirError(f"--resume with another recipe: {shown}; may differ: {', '.join(sorted(CHANGEABLE))}")
+        shown = ", ".join(f"{k} (was {before.get(k, _ABSENT)!r}, now {now.get(k, _ABSENT)!r})" for k in changed)
+        raise RunDirError(f"--resume with another recipe: {shown}; may differ: {', '.join(CHANGEABLE)}")
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys to values; a list counts by position."""
+    if not prefix and not isinstance(tree, dict):
+        raise ValueError(f"expected a mapping, found {type(tree).__name__}")
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    nested = [_flat(value, f"{prefix}{key}.") for key, value in items]
+    if not nested:
+        return {prefix[:-1]: tree}
+    return {key: value for part in nested for key, value in part.items()}
+
+
+def _is_aside(path: Path) -> bool:
+    """What `_write_whole` leaves behind when it is killed."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Written aside and renamed: a crash leaves the old file or the new one."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def describe_run(path: Path, recipe: Recipe, mesh: Mesh) -> None:
     """Write the resolved recipe, package versions and the mesh into the run. Call it on rank 0 only."""
-    (path / RECIPE).write_text(dump(recipe))
-    (path / "versions.json").write_text(json.dumps(versions(), indent=1) + "\n")
+    _write_whole(path / RECIPE, dump(recipe))
+    _write_whole(path / "versions.json", json.dumps(versions(), indent=1) + "\n")
     topology = mesh.topology
     names = [[recipe.teachers[k].name for k in row] for row in topology.teachers]
     layout = {"rows": topology.rows, "columns": topology.columns, "world_size": topology.world_size, "teachers": names}
-    (path / "mesh.json").write_text(json.dumps(layout, indent=1) + "\n")
+    _write_whole(path / "mesh.json", json.dumps(layout, indent=1) + "\n")
 
 
 def versions() -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dfkd_dist.engine import checkpoint
 from dfkd_dist.engine.build import Build
 from dfkd_dist.engine.trainer import Position
 
-SOURCE = "source"
+SOURCE, METERS = "source", "meters"
 
 
 class RunState:
@@ -41,8 +41,9 @@ class RunState:
             "phase_seconds": dict(trainer.meters.seconds),
             "seed": recipe.seed,
         }
-        parts: dict[str, Any] = {"student": trainer.student.state_dict()} if mesh.rank == 0 else {}
         source_state = trainer.source.state_dict()  # may talk to the row: every rank asks
+        sums = mesh.world.gather_objects(trainer.meters.state_dict())
+        parts: dict[str, Any] = {"student": trainer.student.state_dict(), METERS: sums} if mesh.rank == 0 else {}
         if mesh.row.rank == 0:
             parts |= {player.name: player.state_dict() for player in trainer.source.players}
             parts |= {f"{SOURCE}/{name}": state for name, state in source_state.items()}
@@ -52,20 +53,24 @@ class RunState:
         """Take up the newest whole checkpoint; returns the seconds the run had taken, or None if there is none.
 
         Raises:
-            CheckpointError: checkpoints exist, but none is whole.
+            CheckpointError: on all ranks, if checkpoints exist but none is whole, or one cannot be taken up.
         """
-        found = checkpoint.latest(self.folder, self.build.mesh.world)
+        world = self.build.mesh.world
+        found = checkpoint.latest(self.folder, world)
         if found is None:
             return None
-        trainer = self.build.trainer
-        trainer.student.load_state_dict(found.part("student"))
-        for player in trainer.source.players:
+        # One rank may fail alone, on a part that the others do not read: they must hear of it.
+        checkpoint.together(world, f"take up {found.path}", lambda: self._take_up(found))
+        return float(found.about["seconds"])
+
+    def _take_up(self, found: checkpoint.Checkpoint) -> None:
+        trainer, about = self.build.trainer, found.about
+        for player in [trainer.student, *trainer.source.players]:
             player.load_state_dict(found.part(player.name))
         own = {teacher.name for teacher in self.build.teachers}
         kept = {name.partition("/")[2]: name for name in found.files if name.startswith(f"{SOURCE}/")}
         trainer.source.load_state_dict({name: found.part(part) for name, part in kept.items() if name in own})
-        about = found.about
         trainer.position = Position(about["round"], about["updates"], about["student"])
+        trainer.meters.load_state_dicts(found.part(METERS), self.build.mesh.world)
         trainer.meters.images.update(about["images"])
         trainer.meters.seconds.update(about["phase_seconds"])
-        return float(about["seconds"])

@@ -22,7 +22,7 @@ class Stopped(Exception):
 
 
 class NonFinite(Exception):
-    """A loss was NaN or infinite on some rank; nobody took the step. The message names rank, player and terms."""
+    """A loss or gradient was NaN or infinite on some rank; nobody took the step. Names rank, player and terms."""
 
 
 @dataclass
@@ -116,24 +116,27 @@ class Trainer:
 
     def _step(self, played: Iterable[tuple[Player, Losses]]) -> bool:
         """Differentiate every player's loss, agree with all ranks, then let every player step; whether to stop."""
-        players, failures = [], []
+        players, terms, gradients = [], [], []
         for player, losses in played:
             player.backward(losses.total)
-            failures += [f"{player.name}/{term}" for term in losses.nonfinite()]
+            terms += [f"{player.name}/{term}" for term in losses.nonfinite()]
+            gradients += [] if player.finite() else [f"gradient of {player.name}"]
             self.meters.add(player.name, losses)
             players.append(player)
-        agreed = agree(self.mesh.world, stop=self.stop_flag.signal is not None, failed=bool(failures))
+        agreed = agree(self.mesh.world, stop=self.stop_flag.signal is not None, failed=bool(terms or gradients))
         if agreed.failed:
-            raise NonFinite(self._who_failed(failures))
+            raise NonFinite(self._who_failed(terms, gradients))
         for player in players:
             player.step()
         return agreed.stop
 
-    def _who_failed(self, failures: list[str]) -> str:
-        everywhere = self.mesh.world.gather_objects(failures)
-        named = [f"rank {rank}: {', '.join(terms)}" for rank, terms in enumerate(everywhere) if terms]
-        at = self.position
-        return f"non-finite loss in round {at.round} before the step was taken ({'; '.join(named)})"
+    def _who_failed(self, terms: list[str], gradients: list[str]) -> str:
+        everywhere = self.mesh.world.gather_objects((terms, gradients))
+        # A loss of one rank spoils the summed gradient of many: they are named only where every loss was finite.
+        what = 0 if any(part[0] for part in everywhere) else 1
+        named = [f"rank {rank}: {', '.join(part[what])}" for rank, part in enumerate(everywhere) if part[what]]
+        kind, at = ("loss", "gradient")[what], self.position
+        return f"non-finite {kind} in round {at.round} before the step was taken ({'; '.join(named)})"
 
     def _stop_if(self, stop: bool) -> None:
         if stop:

@@ -33,7 +33,8 @@ class Generator(nn.Module):
         pairs = list(zip(widths[:-1], widths[1:], strict=True))
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairs)
         self.norms = nn.ModuleList(nn.BatchNorm2d(b) for _, b in pairs)
-        self.to_image = nn.Conv2d(widths[-1], channels, 3, padding=1)
+        # A bias before batch norm has no effect, and a gradient of rounding errors that Adam would blow up.
+        self.to_image = nn.Conv2d(widths[-1], channels, 3, padding=1, bias=head != "bn")
         self.head_norm = nn.BatchNorm2d(channels, affine=False) if head == "bn" else None
 
     def forward(self, latents_NZ: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ class Exchange:
         deal = Deal(self.mesh.topology, self.mesh.topology.column_of(self.mesh.rank), per_teacher)
         padding = block.new_zeros(deal.padded - len(block), *block.shape[1:])
         blocks = torch.cat(column.gather(torch.cat([block, padding])))
-        return blocks[torch.tensor(deal.order(), device=block.device)]
+        return blocks[torch.tensor(deal.order(), dtype=torch.long, device=block.device)]
 
     def answers(self, batch: Batch) -> list[Signals]:
         """Every teacher's signals about this rank's images, in recipe order; empty where there are no teachers."""

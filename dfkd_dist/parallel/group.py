@@ -30,6 +30,11 @@ class Group:
         """Number of ranks."""
         return len(self.ranks)
 
+    @property
+    def device_type(self) -> str:
+        """Where its collectives want their tensors: `cuda` with NCCL, else `cpu`."""
+        return "cuda" if dist.get_backend(self.handle) == "nccl" else "cpu"
+
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """Every member's tensor (equal shapes), in the group's order."""
         if self.size == 1:

@@ -59,6 +59,10 @@ class Player:
         loss.backward()  # type: ignore[no-untyped-call]
         self.group.sum_(self.gradient)
 
+    def finite(self) -> bool:
+        """Whether the gradient of the last `backward` holds no NaN and no infinity; waits for the device."""
+        return math.isfinite(float(torch.linalg.vector_norm(self.gradient, math.inf)))
+
     def step(self) -> None:
         """One optimiser step with the gradient of the last `backward`."""
         if self.clip is not None:

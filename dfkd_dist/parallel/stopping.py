@@ -18,7 +18,6 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 
 from dfkd_dist.parallel.group import Group
 from dfkd_dist.parallel.launch import LaunchFacts, open_store
@@ -83,8 +82,7 @@ def agree(group: Group, *, stop: bool, failed: bool) -> Agreement:
     """
     if group.size == 1:
         return Agreement(stop, failed)
-    device = "cuda" if dist.get_backend(group.handle) == "nccl" else "cpu"
-    flags = torch.tensor([stop, failed], dtype=torch.uint8, device=device)
+    flags = torch.tensor([stop, failed], dtype=torch.uint8, device=group.device_type)
     stop_any, failed_any = group.all_reduce_max(flags).tolist()
     return Agreement(bool(stop_any), bool(failed_any))
 
@@ -118,7 +116,7 @@ class Heartbeats:
         interval_s: seconds between beats.
         limit_s: silence that means loss.
         grace_s: time for the main thread to leave by itself.
-        first_beat_s: how long a rank may take to its first beat.
+        first_beat_s: how long the last rank may come after the first; that is no silence yet.
     """
 
     def __init__(
@@ -153,6 +151,7 @@ class Heartbeats:
             self._store.add(_count_key(rank), 0)  # creates what is not there yet, so that no read waits
         self._store.compare_set("verdict", "", _NO_VERDICT)
         self._store.set(f"who/{self._facts.rank}", f"{socket.gethostname()}, pid {os.getpid()}")
+        self._store.add(_count_key(self._facts.rank), 1)  # the first beat, so that a loss counts from here on
         self._answered = self._ticked = time.monotonic()
         self._changed = dict.fromkeys(self._watched, self._answered)
         for target in (self._talk, self._watch):
@@ -176,7 +175,7 @@ class Heartbeats:
         if error is not None and not isinstance(error, SystemExit):
             self._failure = f"it stopped with {type(error).__name__}: {str(error)[:300]}"
         self._closing.set()
-        self._threads[0].join(timeout=7.0 if self.lost() is None else 1.0)
+        self._threads[0].join(timeout=7.0 if self.lost() is None else 2 * self._interval_s + 1.0)
         # With a lost peer the way out of the process may block too, so the second thread keeps its deadline.
         if self.lost() is None:
             self._closed.set()

@@ -26,7 +26,15 @@ import torch
 from dfkd_dist.parallel import launch
 
 ROOT = Path(__file__).resolve().parents[2]
-PRELOAD = ["torch", "torch.distributed", "torchvision", "numpy", "dfkd_dist.parallel.stopping", "dfkd_dist.engine.build"]
+PRELOAD = [
+    "torch",
+    "torch.distributed",
+    "torchvision",
+    "numpy",
+    "dfkd_dist.parallel.stopping",
+    "dfkd_dist.engine.build",
+    "pytest",
+]
 
 
 class RanksFailed(AssertionError):
@@ -83,12 +91,13 @@ class Rank:
 
     def failure(self) -> str | None:
         """The traceback or the way it died; None while it runs or if it returned."""
+        code = self.process.exitcode  # asked first: whatever it said, it said before
         report = self.report()
         if report is not None:
             return None if report[0] else report[1]
-        if self.process.exitcode is None:
+        if code is None:
             return None
-        return f"died with exit code {self.process.exitcode}\n{self.stderr()[-3000:]}"
+        return f"died with exit code {code}\n{self.stderr()[-3000:]}"
 
 
 def run_ranks(fn: Callable[..., Any], size: int, *args: Any, timeout: float = 60.0) -> list[Any]:

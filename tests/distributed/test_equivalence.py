@@ -2,187 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from dfkd_dist.config import Recipe, parse
-from dfkd_dist.engine.build import Build, build
-from dfkd_dist.engine.trainer import Trainer
-from dfkd_dist.models.signals import Batch, Signals
-from dfkd_dist.parallel.exchange import Exchange
-from dfkd_dist.parallel.group import Group
-from dfkd_dist.parallel.player import Player
-from dfkd_dist.sources.generative import GenerativeSource, Kit
 from tests import recipes
+from tests.distributed import playing
 from tests.distributed.harness import run_ranks
+from tests.distributed.playing import Result, Tree
 
 pytestmark = pytest.mark.distributed
 
-CLOSE = 1e-9
-Result = dict[str, Any]
-Tree = dict[str, Any]
-
-
-# ---------------------------------------------------------------------------------------------- what a rank does
-
-
-def _train(rank: int, size: int, tree: Tree, sabotage: str = "") -> Result:
-    """Train the recipe to its end and tell everything that promise 1 speaks of."""
-    if sabotage:
-        SABOTAGE[sabotage]()
-    built = build(parse(Recipe, tree), torch.device("cpu"), size)
-    watched = _watch(built)
-    built.trainer.hooks.observe = lambda round: True
-    built.trainer.fit()
-    players = [built.trainer.student, *built.trainer.source.players]
-    return {
-        "losses": built.trainer.meters.read(built.mesh.world),
-        "states": {player.name: _numbers(player.module.state_dict()) for player in players},
-        "momenta": {player.name: _momenta(player) for player in players},
-        **watched,
-    }
-
-
-def _watch(built: Build) -> Result:
-    """Filled while training: every player's first summed gradient, and the images' first and last gradients."""
-    first: dict[str, Tensor] = {}
-    images: dict[str, list[Tensor]] = {}
-    source = built.trainer.source
-    assert isinstance(source, GenerativeSource)
-    for player in [built.trainer.student, *source.players]:
-        player.backward = partial(_backward, player, first)  # type: ignore[method-assign]
-    for kit in source.kits:
-        kit.generator.module.register_forward_hook(partial(_keep_gradient, images, kit.teacher.name))
-    return {"gradients": first, "images": images}
-
-
-def _backward(player: Player, first: dict[str, Tensor], loss: Tensor) -> None:
-    Player.backward(player, loss)
-    first.setdefault(player.name, player.gradient.clone())
-
-
-def _keep_gradient(kept: dict[str, list[Tensor]], name: str, module: Any, args: Any, images_NCHW: Tensor) -> None:
-    if images_NCHW.requires_grad:
-        images_NCHW.register_hook(lambda gradient: _first_and_last(kept.setdefault(name, []), gradient.contiguous()))
-
-
-def _first_and_last(kept: list[Tensor], gradient: Tensor) -> None:
-    kept[1:] = [gradient]
-
-
-def _numbers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().contiguous() for name, value in state.items()}
-
-
-def _momenta(player: Player) -> dict[str, Tensor]:
-    states = player.optimizer.state_dict()["state"]
-    return {f"{i}.{k}": v.contiguous() for i, s in states.items() for k, v in s.items() if isinstance(v, Tensor)}
-
-
-# ------------------------------------------------------------------------------------------------ sabotage
-
-
-def _only_own_column() -> None:
-    """No exchange: each rank's student sees its own row's images and hears its own teachers, for all others too."""
-
-    def gather(self: Exchange, own: list[Tensor], per_teacher: int) -> Batch:
-        block = torch.cat(list(own))
-        return Batch(block, per_teacher * len(self.shapes), block)
-
-    def answers(self: Exchange, batch: Batch) -> list[Signals]:
-        said = [teacher(batch.images_NCHW, self.need) for teacher in self.teachers]
-        return [said[k % len(said)] for k in range(len(self.shapes))]
-
-    Exchange.gather, Exchange.answers = gather, answers  # type: ignore[assignment,method-assign]
-
-
-def _answers_to_other_images() -> None:
-    """Every student keeps the answers to the first images of its column, whichever it was dealt."""
-    send_home = Exchange._send_home
-
-    def wrong(self: Exchange, said: list[Signals], total: int, dtype: torch.dtype) -> list[Signals]:
-        rolled = [Signals(s.logits_NC.roll(1, 0), None, s.map_NDHW) for s in said]
-        return send_home(self, rolled, total, dtype)
-
-    Exchange._send_home = wrong  # type: ignore[assignment,method-assign]
-
-
-def _one_row_of_latents() -> None:
-    """Every rank of a row draws the first rank's latents."""
-    own = GenerativeSource._own
-    GenerativeSource._own = lambda self, count: own(self, count) - own(self, count)[0]  # type: ignore[method-assign]
-
-
-def _no_sum_of_gradients() -> None:
-    """Generators and assistants step with this rank's own gradient."""
-    sum_ = Group.sum_
-
-    def wrong(self: Group, tensor: Tensor) -> Tensor:
-        return tensor if self.size == 2 and tensor.numel() > 5000 else sum_(self, tensor)
-
-    Group.sum_ = wrong  # type: ignore[method-assign]
-
-
-def _dealt_by_rows() -> None:
-    """Not wrong, only unbalanced: position j goes to another student than j mod T."""
-    gather = Exchange._gather_images
-
-    def sorted_by_teacher(self: Exchange, own: list[Tensor], per_teacher: int) -> Tensor:
-        images, rows = gather(self, own, per_teacher), self.mesh.column.size
-        order = [j for start in range(0, len(images), rows * rows) for j in range(start, start + rows * rows)]
-        order = sorted((j for j in order if j < len(images)), key=lambda j: (j % 3, -j))
-        return images[order]
-
-    Exchange._gather_images = sorted_by_teacher  # type: ignore[assignment,method-assign]
-
-
-SABOTAGE: dict[str, Callable[[], None]] = {
-    "only own column": _only_own_column,
-    "answers to other images": _answers_to_other_images,
-    "one row of latents": _one_row_of_latents,
-    "no sum of gradients": _no_sum_of_gradients,
-    "dealt by rows": _dealt_by_rows,
+CLOSE, DIFFERENT = 1e-9, 1e-6
+FEW: Tree = {"rounds": {"warmup": 1, "main": 3, "student_steps": 1}}
+GAMES: dict[str, Callable[..., Tree]] = {
+    "dfmf": recipes.dfmf,
+    "dfq-eval": recipes.dfq,
+    "dfq-batch": partial(recipes.dfq, batch_norm="batch"),
 }
-
-
-# ---------------------------------------------------------------------------------------------- comparing
-
-
-def _deviation(a: Tensor, b: Tensor) -> float:
-    if a.numel() == 0:
-        return 0.0
-    return float((a.double() - b.double()).abs().max())
-
-
-def _worst(alone: Result, ranks: list[Result]) -> dict[str, float]:
-    """The largest deviation of losses, weights with buffers, and momenta over all ranks from one process."""
-    worst = {"losses": 0.0, "states": 0.0, "momenta": 0.0}
-    for result in ranks:
-        assert result["losses"].keys() == alone["losses"].keys()
-        for name, value in result["losses"].items():
-            worst["losses"] = max(worst["losses"], abs(value - alone["losses"][name]))
-        for kind in ("states", "momenta"):
-            for player, state in result[kind].items():
-                assert state.keys() == alone[kind][player].keys()
-                deviations = [_deviation(value, alone[kind][player][key]) for key, value in state.items()]
-                worst[kind] = max([worst[kind], *deviations])
-    return worst
-
-
-def _images_deviation(alone: Result, ranks: list[Result], which: int) -> float:
-    """Of the gradients of the generators' losses with respect to their images, slices put together."""
-    worst = 0.0
-    for name, gradients in alone["images"].items():
-        slices = [result["images"][name][which] for result in ranks if name in result["images"]]
-        whole = gradients[which]
-        worst = max(worst, _deviation(torch.cat(slices), whole) / float(whole.abs().max()))
-    return worst
+OTHERS: dict[str, Callable[..., Tree]] = {"dafl": recipes.dafl, "zskt": recipes.zskt, "dfad": recipes.dfad}
 
 
 @pytest.fixture(scope="module")
@@ -191,45 +32,147 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> list[Tree]:
 
 
 @pytest.fixture(scope="module")
-def alone() -> Iterator[Callable[[Tree], Result]]:
+def alone() -> Callable[[Tree], Result]:
     """One process's result, computed once for each recipe."""
     known: dict[str, Result] = {}
 
     def result(tree: Tree) -> Result:
-        key = repr(tree)
-        if key not in known:
-            known[key] = _train(0, 1, tree)
-        return known[key]
+        if repr(tree) not in known:
+            known[repr(tree)] = playing.train(0, 1, tree)
+        return known[repr(tree)]
 
-    yield result
+    return result
 
 
-# -------------------------------------------------------------------------------------------------- promise 1
-
-GAMES: dict[str, Callable[[list[Tree]], Tree]] = {
-    "dfmf": recipes.dfmf,
-    "dfq-eval": recipes.dfq,
-    "dfq-batch": partial(recipes.dfq, batch_norm="batch"),
-}
-LAYOUTS = [(1, 2), (1, 4), (2, 2), (2, 3), (2, 4), (3, 2), (3, 3), (3, 4)]
+def assert_equal_to_one(single: Result, ranks: list[Result]) -> None:
+    found = playing.worst(single, ranks)
+    first, last = (playing.image_gradients(single, ranks, which) for which in (0, -1))
+    print(f"W={len(ranks)}: {found}, image gradients {first:.1e} at first and {last:.1e} at last")
+    assert max(found.values()) < CLOSE
+    assert first < 1e-12 and last < CLOSE
+    for result in ranks[1:]:
+        for name, value in result["states"]["student"].items():
+            assert torch.equal(value, ranks[0]["states"]["student"][name]), f"student replicas differ in {name}"
 
 
 @pytest.mark.parametrize("game", GAMES)
-@pytest.mark.parametrize(("count", "size"), LAYOUTS)
-def test_twenty_rounds_as_one_process(
+@pytest.mark.parametrize(("count", "size"), [(1, 4), (2, 2), (2, 3), (2, 4), (3, 2), (3, 3), (3, 4)])
+def test_twenty_rounds_equal_those_of_one_process(
     game: str, count: int, size: int, teachers: list[Tree], alone: Callable[[Tree], Result]
 ) -> None:
     tree = GAMES[game](teachers[:count])
-    single, ranks = alone(tree), run_ranks(_train, size, tree)
-    worst = _worst(single, ranks)
-    print(f"{game} K={count} W={size}: {worst} first image gradient {_images_deviation(single, ranks, 0):.1e}")
-    assert max(worst.values()) < CLOSE
-    assert _images_deviation(single, ranks, 0) < 1e-12
-    assert _images_deviation(single, ranks, -1) < CLOSE
-    _students_are_bit_equal(ranks)
+    assert_equal_to_one(alone(tree), run_ranks(playing.train, size, tree))
 
 
-def _students_are_bit_equal(ranks: list[Result]) -> None:
-    for result in ranks[1:]:
-        for name, value in result["states"]["student"].items():
-            assert torch.equal(value, ranks[0]["states"]["student"][name]), name
+@pytest.mark.parametrize("game", OTHERS)
+@pytest.mark.parametrize(("count", "size"), [(1, 2), (3, 4)])
+def test_other_methods_equal_those_of_one_process(
+    game: str, count: int, size: int, teachers: list[Tree], alone: Callable[[Tree], Result]
+) -> None:
+    tree = OTHERS[game](teachers[:count])
+    assert_equal_to_one(alone(tree), run_ranks(playing.train, size, tree))
+
+
+@pytest.mark.parametrize(("game", "count", "batch"), [("dfmf", 3, 3), ("dfq-batch", 1, 3), ("dafl", 3, 3)])
+def test_ranks_without_images_take_part(
+    game: str, count: int, batch: int, teachers: list[Tree], alone: Callable[[Tree], Result]
+) -> None:
+    tree = (GAMES | OTHERS)[game](teachers[:count], batch=batch, **FEW)
+    assert_equal_to_one(alone(tree), run_ranks(playing.train, 4, tree))
+
+
+@pytest.mark.parametrize(("bn", "form"), [("sum", "log_l1"), ("mean", "masked_kl")])
+def test_other_forms_of_the_terms(bn: str, form: str, teachers: list[Tree], alone: Callable[[Tree], Result]) -> None:
+    source = {"bn": {"form": "gaussian_kl", "channels": bn}, "adversary": {"form": form}}
+    tree = recipes.dfq(teachers[:1], "batch", source=source, **FEW)
+    assert_equal_to_one(alone(tree), run_ranks(playing.train, 3, tree))
+
+
+def test_a_labelled_source_equals_one_process(tmp_path: Path, alone: Callable[[Tree], Result]) -> None:
+    tree = recipes.labelled(tmp_path)
+    single, ranks = alone(tree), run_ranks(playing.train, 3, tree)
+    assert max(playing.worst(single, ranks).values()) < CLOSE
+
+
+def test_training_moves_everything_that_is_compared(teachers: list[Tree], alone: Callable[[Tree], Result]) -> None:
+    one, more = (recipes.dfmf(teachers[:2], rounds={"warmup": 2, "main": main}) for main in (1, 18))
+    before, after = alone(one)["states"], alone(more)["states"]
+    for player, state in after.items():
+        for name, value in state.items():
+            assert playing.deviation(value, before[player][name]) > 1e-5, f"{player}: {name} stood still"
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_first_gradients_in_single_precision(size: int, teachers: list[Tree], alone: Callable[[Tree], Result]) -> None:
+    short = {"precision": {"train": "fp32", "teacher": "fp32"}, "rounds": {"warmup": 0, "main": 1, "student_steps": 1}}
+    for game in GAMES.values():
+        tree = game(teachers[:2], **short)
+        single, ranks = alone(tree)["gradients"], run_ranks(playing.train, size, tree)
+        for result in ranks:
+            for player, gradient in result["gradients"].items():
+                off = playing.deviation(gradient, single[player]) / float(single[player].abs().max())
+                print(f"W={size} {player}: {off:.1e}")
+                assert off < 1e-4, player
+
+
+# ------------------------------------------------------------------------------------- negative controls
+
+BREAKS = [
+    # On 4 ranks, K = 2: two rows of two.
+    ("only own column", "dfq-eval"),
+    ("answers to other images", "dfmf"),
+    ("rank indices", "dfmf"),
+    ("gradients of a row stay", "dfmf"),
+    ("local batch norm", "dfq-eval"),
+    ("local bn term", "dfq-eval"),
+    ("local bce", "dfq-eval"),
+    ("bce gradient counted by each rank", "dfq-eval"),
+    ("readers move buffers", "dfq-eval"),
+]
+
+
+@pytest.mark.parametrize(("sabotage", "game"), BREAKS)
+def test_the_comparison_notices(
+    sabotage: str, game: str, teachers: list[Tree], alone: Callable[[Tree], Result]
+) -> None:
+    tree = GAMES[game](teachers[:2], **FEW)
+    found = playing.worst(alone(tree), run_ranks(playing.train, 4, tree, sabotage))
+    print(f"{sabotage}: {found}")
+    assert found["states"] > DIFFERENT and found["losses"] > DIFFERENT
+
+
+@pytest.mark.parametrize("game", GAMES)
+def test_local_synchronisation_is_another_method(
+    game: str, teachers: list[Tree], alone: Callable[[Tree], Result]
+) -> None:
+    tree = GAMES[game](teachers[:2], **FEW)
+    ranks = run_ranks(playing.train, 4, tree | {"mesh": {"sync": "local"}})
+    found = playing.worst(alone(tree), ranks)
+    print(f"local {game}: {found}")
+    assert found["states"] > DIFFERENT and found["losses"] > DIFFERENT
+    assert playing.image_gradients(alone(tree), ranks, 0) > DIFFERENT
+
+
+def test_the_deal_matters_only_where_batch_norm_is_local(teachers: list[Tree], alone: Callable[[Tree], Result]) -> None:
+    tree = recipes.dfq(teachers[:2], **FEW)
+    assert_equal_to_one(alone(tree), run_ranks(playing.train, 2, tree, "deal by row"))
+    local = tree | {"mesh": {"sync": "local"}}
+    mixed, own = (run_ranks(playing.train, 2, local, sabotage) for sabotage in ("", "deal by row"))
+    assert playing.worst(mixed[0], own[:1])["states"] > DIFFERENT
+
+
+# ---------------------------------------------------------------------------------------- who holds what
+
+
+@pytest.mark.parametrize(("size", "rows"), [(2, [["t2"], ["t0", "t1"]]), (3, [["t2"], ["t1"], ["t0"]])])
+def test_a_rank_holds_the_teachers_of_its_row_and_nothing_of_the_others(
+    size: int, rows: list[list[str]], teachers: list[Tree]
+) -> None:
+    tree = recipes.dfmf(teachers)
+    ((_, _, parameters),) = [playing.holdings(0, 1, tree)]
+    told = run_ranks(playing.holdings, size, tree)
+    for row, (held, players, _) in zip(rows, told, strict=True):
+        assert held == row
+        own = {f"{part}/{name}" for part in ("generator", "assistant") for name in row}
+        assert set(players) == {"student"} | own
+    assert sum(count for _, _, count in told) == parameters

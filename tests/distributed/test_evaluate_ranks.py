@@ -58,11 +58,6 @@ def _measure(rank: int, size: int, tree: Tree, empty_tail: bool) -> Found:
     return Found(evaluate(built, images, "test", batch=BATCH, parties=parties), alone, quality, costs, seen)
 
 
-def _columns(size: int, teachers: int) -> int:
-    rows = max(d for d in range(1, teachers + 1) if size % d == 0)
-    return size // rows
-
-
 @pytest.mark.parametrize("teachers", [2, 3])
 def test_results_do_not_depend_on_the_ranks(tmp_path: Path, teachers: int) -> None:
     tree = dfmf(write_teachers(tmp_path, teachers))
@@ -74,21 +69,21 @@ def test_results_do_not_depend_on_the_ranks(tmp_path: Path, teachers: int) -> No
             assert one.whole == reference.whole and one.alone == reference.alone and one.costs == reference.costs
             _same_quality(one.quality[SYNTHETIC], reference.quality[SYNTHETIC])
             assert one.quality == found[0].quality
-        _each_image_once(found, size, teachers)
+        _each_image_once(found, teachers)
 
 
 def _same_quality(found: Quality, expected: Quality) -> None:
     for one, other in zip([found.overall, *found.by_class], [expected.overall, *expected.by_class], strict=True):
         assert (one.images, one.agreement) == (other.images, other.agreement)
-        assert one.kl == pytest.approx(other.kl, rel=1e-9, abs=1e-12)
+        assert one.kl == (None if other.kl is None else pytest.approx(other.kl, rel=1e-9, abs=1e-12))
 
 
-def _each_image_once(found: list[Found], size: int, teachers: int) -> None:
+def _each_image_once(found: list[Found], teachers: int) -> None:
     total: dict[str, int] = {}
     for one in found:
         for name, count in one.seen.items():
             total[name] = total.get(name, 0) + count
-    assert total == {"student": COUNT} | {f"t{k}": COUNT for k in range(teachers)}, (size, _columns(size, teachers))
+    assert total == {"student": COUNT} | {f"t{k}": COUNT for k in range(teachers)}
 
 
 def test_a_column_may_be_left_without_images(tmp_path: Path) -> None:

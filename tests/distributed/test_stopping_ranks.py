@@ -13,9 +13,10 @@ import torch.distributed as dist
 from dfkd_dist.parallel.group import Group
 from dfkd_dist.parallel.launch import LaunchError, join, join_at, launch_facts, leave
 from dfkd_dist.parallel.stopping import EXIT_LOST_RANK, Heartbeats, StopFlag, agree
-from tests.distributed.harness import RanksFailed, run_ranks, start_ranks
+from tests.distributed.harness import Rank, RanksFailed, run_ranks, start_ranks
 
 LIMIT_S = 20.0
+READY = "every rank is here"
 
 
 def _group(rank: int, size: int) -> Group:
@@ -25,6 +26,8 @@ def _group(rank: int, size: int) -> Group:
 def _reduce_forever(rank: int, size: int) -> None:
     with Heartbeats(launch_facts()) as heartbeats:
         try:
+            dist.all_reduce(torch.ones(1))
+            print(READY, file=sys.stderr, flush=True)
             while True:
                 dist.all_reduce(torch.ones(1))
                 time.sleep(0.05)
@@ -100,14 +103,20 @@ SCENARIOS = {
 }
 
 
+def _wait_until_ready(ranks: list[Rank]) -> None:
+    end = time.monotonic() + 60.0
+    while waiting := [rank for rank in ranks if READY not in rank.stderr()]:
+        early = [rank.stderr() for rank in waiting if rank.exit_code(0) is not None]
+        assert not early and time.monotonic() < end, early
+        time.sleep(0.2)
+
+
 @pytest.fixture(scope="module")
 def losses() -> Iterator[dict[str, list[tuple[int | None, str]]]]:
     """Exit code and stderr of both survivors of every scenario; all run at once, since each only waits."""
     jobs = {name: start_ranks(_reduce_forever, 3, agent_store=case[2]) for name, case in SCENARIOS.items()}
     try:
-        time.sleep(4.0)
-        early = [rank.stderr() for job in jobs.values() for rank in job if rank.exit_code(0) is not None]
-        assert not early, early
+        _wait_until_ready([rank for job in jobs.values() for rank in job])
         for name, (how, victim, _) in SCENARIOS.items():
             jobs[name][victim].send_signal(how)
         end = time.monotonic() + LIMIT_S

@@ -96,8 +96,7 @@ class Clock:
                 beat._exchange()
 
 
-@pytest.fixture
-def world(monkeypatch):
+def make_world(monkeypatch, entered):
     """Three ranks that share a store, without threads: the test lets them talk."""
     store = FakeStore()
     monkeypatch.setattr(stopping, "open_store", lambda facts, timeout_s: store)
@@ -105,9 +104,14 @@ def world(monkeypatch):
     monkeypatch.setattr(stopping.threading.Thread, "join", lambda self, timeout=None: None)
     beats = [Heartbeats(LaunchFacts(rank, 3, agent_store=True)) for rank in range(3)]
     clock = Clock(monkeypatch, *beats)
-    for beat in beats:
+    for beat in beats[:entered]:
         beat.__enter__()
     return beats, clock
+
+
+@pytest.fixture
+def world(monkeypatch):
+    return make_world(monkeypatch, 3)
 
 
 def test_beating_ranks_are_not_lost(world):
@@ -156,11 +160,17 @@ def test_a_rank_that_said_goodbye_is_not_lost(world):
     assert beats[1].lost() is None  # not even when the store has gone with rank 0
 
 
-def test_a_rank_may_take_its_time_to_the_first_beat(world):
-    beats, clock = world
+def test_a_rank_may_come_late_but_not_die_early(monkeypatch):
+    beats, clock = make_world(monkeypatch, 2)
     clock.pass_s(55, beats[0], beats[1])
     assert beats[0].lost() is None
     clock.pass_s(7, beats[0], beats[1])
+    assert beats[0].lost().rank == 2
+
+
+def test_silence_counts_from_the_entry_on(world):
+    beats, clock = world
+    clock.pass_s(10, beats[0], beats[1])
     assert beats[0].lost().rank == 2
 
 
