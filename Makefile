@@ -6,6 +6,8 @@ STAMP := $(VENV)/.installed
 
 # `make PYTHON=/path/to/python3.12` picks one; otherwise the first of these that is new enough.
 PYTHONS := $(if $(PYTHON),$(PYTHON),python3 python3.13 python3.12 python3.11)
+# Of the quick start: weights, latents and the parties' shares.
+SEED := 0
 # One thread a process: ranks of the distributed tests share the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
@@ -44,7 +46,9 @@ $(STAMP): pyproject.toml setup.py constraints.txt | $(BIN)/python
 	@touch $@
 
 quickstart: $(STAMP) ## train two small teachers and fuse them into a student, on two processes of this machine
-	$(BIN)/dfkd quickstart
+	$(BIN)/dfkd teachers train configs/quickstart/teachers.yaml seed=$(SEED) split.seed=$(SEED) --overwrite
+	$(BIN)/accelerate launch --config_file launch/accelerate/cpu.yaml --num_processes 2 launch/train.py \
+		configs/quickstart/dfmf.yaml seed=$(SEED) --overwrite
 
 lint: $(STAMP) ## ruff
 	$(BIN)/ruff check .

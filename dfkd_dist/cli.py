@@ -95,11 +95,14 @@ def _plan(given: argparse.Namespace) -> int:
 
 def _train_teachers(given: argparse.Namespace) -> int:
     from dfkd_dist.config import load_teachers_recipe
-    from dfkd_dist.engine.private_teachers import train_teachers
+    from dfkd_dist.engine.private_teachers import Unfinished, train_teachers
 
-    results = train_teachers(
-        load_teachers_recipe(given.recipe, given.overrides), resume=given.resume, overwrite=given.overwrite
-    )
+    recipe = load_teachers_recipe(given.recipe, given.overrides)
+    try:
+        results = train_teachers(recipe, resume=given.resume, overwrite=given.overwrite)
+    except Unfinished as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.code
     for one in results:
         frequent = f", {one['frequent_accuracy']:.2f}% on its frequent classes" if one["frequent_accuracy"] else ""
         print(f"{one['name']}: {one['accuracy']:.2f}%{frequent} ({one['images']} images) -> {one['file']}")

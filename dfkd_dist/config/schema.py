@@ -333,7 +333,6 @@ class PrecisionSpec(Spec):
     channels_last: bool = True
     fold_batch_norm: bool = True
     """Answers for the student come from a copy of each teacher with batch norm folded into the convolutions."""
-    compile: bool = False
     tf32: bool = False
 
     @model_validator(mode="after")

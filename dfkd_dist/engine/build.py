@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from dfkd_dist.config import AssistantSpec, GenerativeSpec, LabelledSpec, ObjectiveSpec, Recipe, SplitSpec
+from dfkd_dist.config import AssistantSpec, GenerativeSpec, LabelledSpec, ObjectiveSpec, Recipe, RecipeError, SplitSpec
 from dfkd_dist.data.datasets import ImageSet, load_image_set
 from dfkd_dist.data.splits import party_indices
+from dfkd_dist.engine.checks import agreed, check_generator_terms, check_maps
 from dfkd_dist.engine.metrics import Meters
 from dfkd_dist.engine.optim import make_player
 from dfkd_dist.engine.seeding import seeded
@@ -88,14 +89,16 @@ class _Builder:
 
     def build(self, stop_flag: StopFlag) -> Build:
         recipe, rounds = self.recipe, self.recipe.rounds
-        pairs = [make_teacher(recipe, k, self.cards, self.device, recipe.precision) for k in self.mesh.teachers]
+        pairs = agreed(self.mesh.world, lambda: [self._teacher(k) for k in self.mesh.teachers])
         teachers = [answering for _, answering in pairs]
         shapes = self._all_shapes(teachers)
+        self._check_maps(shapes)
         exchange = Exchange(self.mesh, teachers, shapes, Distillation.need(recipe.objective))
         student_card = self._student_card()
         student = self._network(student_card, "student", self.mesh.sync_world, recipe.student.pretrained)
         if recipe.student.weights is not None:
-            load_weights(student.network, recipe.student.weights)
+            with _named("student.weights"):
+                load_weights(student.network, recipe.student.weights)
         side = self._side(student, recipe.objective, self.weights, shapes, "student")
         steps = rounds.main * rounds.student_steps
         player = make_player("student", side, recipe.optimizer, recipe.schedule, steps, self.mesh.world)
@@ -122,6 +125,18 @@ class _Builder:
 
     # ----------------------------------------------------------------------------------- networks
 
+    def _teacher(self, k: int) -> tuple[Teacher, Teacher]:
+        teacher, answering = make_teacher(self.recipe, k, self.cards, self.device, self.recipe.precision)
+        check_generator_terms(self.recipe, teacher, self.cards[k].arch)
+        return teacher, answering
+
+    def _check_maps(self, shapes: Sequence[Shapes]) -> None:
+        source, named = self.recipe.source, [f"teacher {spec.name}" for spec in self.recipe.teachers]
+        teachers = dict(zip(named, shapes, strict=True))
+        check_maps("objective", self.recipe.objective, teachers)
+        if isinstance(source, GenerativeSpec) and source.assistant is not None:
+            check_maps("source.assistant.objective", source.assistant.objective, teachers)
+
     def _all_shapes(self, teachers: Sequence[Teacher]) -> list[Shapes]:
         """Signal shapes of every teacher of the run, told by the ranks that hold them."""
         own = {k: self._shapes(t) for k, t in zip(self.mesh.teachers, teachers, strict=True)}
@@ -141,10 +156,11 @@ class _Builder:
         mean = spec.mean or _average([c.mean for c in self.cards if c.channels == channels]) or [0.5] * channels
         std = spec.std or _average([c.std for c in self.cards if c.channels == channels]) or [0.25] * channels
         classes = spec.classes or reference_classes(self.cards)
-        return Card(spec.arch, recipe.num_classes, spec.size or recipe.image.size, channels, mean, std, classes)
+        with _named("student"):
+            return Card(spec.arch, recipe.num_classes, spec.size or recipe.image.size, channels, mean, std, classes)
 
     def _network(self, card: Card, name: str, group: Group, pretrained: bool = False) -> ImageNetwork:
-        with seeded(self.recipe.seed, "network", name):
+        with seeded(self.recipe.seed, "network", name), _named(name):
             network = ImageNetwork(card.build(pretrained), card.preprocess(), name)
         synchronise(network, group)
         return self._placed(network)
@@ -157,8 +173,10 @@ class _Builder:
         shapes: Sequence[Shapes],
         name: str,
     ) -> StudentSide:
+        own = self._shapes(network)
+        check_maps("objective" if name == "student" else "source.assistant.objective", objective, {name: own})
         with seeded(self.recipe.seed, "objective", name):
-            return self._placed(StudentSide(network, Distillation(objective, weights, self._shapes(network), shapes)))
+            return self._placed(StudentSide(network, Distillation(objective, weights, own, shapes)))
 
     def _placed(self, module: Any) -> Any:
         module = module.to(self.device, self.dtype)
@@ -175,7 +193,8 @@ class _Builder:
     ) -> Source:
         recipe = self.recipe
         if isinstance(recipe.source, LabelledSpec):
-            return self._labelled(recipe.source, load_image_set(recipe.source.dataset, "train"))
+            with _named("source.dataset"):
+                return self._labelled(recipe.source, load_image_set(recipe.source.dataset, "train"))
         kits = [
             self._kit(recipe.source, k, teacher, answering, shapes[k], student_card)
             for k, (teacher, answering) in zip(self.mesh.teachers, pairs, strict=True)
@@ -243,6 +262,15 @@ def party_shares(images: ImageSet, split: SplitSpec) -> list[torch.Tensor]:
         seed=split.seed,
         num_classes=len(images.classes),
     )
+
+
+@contextmanager
+def _named(part: str) -> Iterator[None]:
+    """Errors say which part of the recipe they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise RecipeError(f"{part}: {error}") from error
 
 
 def _average(rows: Sequence[Sequence[float]]) -> list[float] | None:

@@ -1,8 +1,8 @@
 """Checkpoints that are whole or not there: written aside, checksummed, renamed; readable on any number of ranks.
 
 A checkpoint is a directory of parts. A part is keyed by what it is (`student`, `generator/t0`), never by a rank, so a
-run can go on with other ranks than it stopped with. `manifest.json`, written last, lists every file with size and sha256
-and carries its own.
+run can go on with other ranks than it stopped with. `manifest.json`, written last, lists every file with size and
+sha256, and carries its own.
 """
 
 from __future__ import annotations
@@ -132,10 +132,13 @@ def _write_part(aside: Path, part: str, state: Any) -> dict[str, Any]:
 
 
 def _write_durably(path: Path, content: bytes | memoryview) -> None:
-    with path.open("wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
+    try:
+        with path.open("wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+    except OSError as error:  # a full disk does not say which file it was
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _publish(aside: Path, final: Path, about: Mapping[str, Any], files: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dfkd_dist.config import DatasetSpec, SplitSpec
-from dfkd_dist.data.datasets import ImageSet, Split, load_image_set, to_image_space
+from dfkd_dist.data.datasets import DatasetError, ImageSet, Split, load_image_set, to_image_space
 from dfkd_dist.data.splits import frequent_classes
 from dfkd_dist.engine.build import Build
 from dfkd_dist.engine.teachers import reference_classes, teacher_weights
@@ -144,7 +144,7 @@ def evaluate(
         DatasetError: the images cannot be read.
         ValueError: the set's classes are not those of the run.
     """
-    images = _loaded(dataset.model_dump_json(), split) if isinstance(dataset, DatasetSpec) else dataset
+    images = kept_set(dataset, split) if isinstance(dataset, DatasetSpec) else dataset
     labels_N = run_labels(images, build)
     panel, weights = Panel(build, student_only), teacher_weights(build.recipe)
     classes, mesh = build.recipe.num_classes, build.mesh
@@ -206,9 +206,32 @@ def run_labels(images: ImageSet, build: Build) -> Tensor:
     return images.labels_N if order is None else torch.tensor(order).argsort()[images.labels_N]
 
 
+def check_set(build: Build) -> None:
+    """Read the recipe's evaluation images and compare them with the run: what would fail at the end fails now.
+
+    Raises:
+        DatasetError, ValueError: as `evaluate`, or the parties do not fit the classes.
+    """
+    spec = build.recipe.evaluation
+    if spec is None:
+        return
+    try:
+        images = kept_set(spec.dataset, "test")
+    except DatasetError as error:
+        raise DatasetError(f"evaluation.dataset: {error}") from error
+    run_labels(images, build)
+    if spec.split is not None:
+        frequent_classes(build.recipe.num_classes, spec.split.parties)
+
+
+def kept_set(spec: DatasetSpec, split: Split) -> ImageSet:
+    """The images of a spec, kept between the evaluations of one run."""
+    return _loaded(spec.model_dump_json(), split)
+
+
 @lru_cache(maxsize=2)
 def _loaded(spec: str, split: Split) -> ImageSet:
-    """Kept between the evaluations of one run; a spec is not hashable, its JSON is."""
+    """A spec is not hashable, its JSON is."""
     return load_image_set(DatasetSpec.model_validate_json(spec), split)
 
 

@@ -25,6 +25,8 @@ def open_finished(run: Path) -> Build:
     if not (run / RECIPE).is_file():
         raise RunDirError(f"{run} is not a run: it holds no {RECIPE}")
     recipe: Recipe = load_recipe(run / RECIPE)
+    # Whatever mesh it was trained on, here is one process.
+    recipe = recipe.model_copy(update={"mesh": recipe.mesh.model_copy(update={"rows": None})})
     built = build(recipe, torch.device("cpu"))
     if RunState(built, run / CHECKPOINTS).restore() is None:
         raise RunDirError(f"{run} holds no checkpoint yet")

@@ -33,6 +33,7 @@ from dfkd_dist.engine.metrics import Meters
 from dfkd_dist.engine.no_data import META, without_data
 from dfkd_dist.engine.teachers import RANDOM, teacher_cards
 from dfkd_dist.models.cards import Card, read_card
+from dfkd_dist.models.network import parameter_count
 from dfkd_dist.parallel.dry import dry_mesh
 from dfkd_dist.parallel.exchange import Exchange, Shapes
 from dfkd_dist.parallel.interceptor import Count
@@ -192,13 +193,9 @@ def networks_of(build: Build) -> dict[str, int]:
     found: dict[str, int] = {}
     if isinstance(build.source, GenerativeSource):
         for kit in build.source.kits:
-            found[f"teacher/{kit.teacher.name}"] = _count(kit.teacher)
-            found[f"teacher/{kit.teacher.name} (answering copy)"] = _count(kit.answering)
-    return found | {player.name: _count(player.module) for player in players_of(build)}
-
-
-def _count(module: torch.nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+            found[f"teacher/{kit.teacher.name}"] = parameter_count(kit.teacher)
+            found[f"teacher/{kit.teacher.name} (answering copy)"] = parameter_count(kit.answering)
+    return found | {player.name: parameter_count(player.module) for player in players_of(build)}
 
 
 # ------------------------------------------------------------------------------------------------ instruments

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,32 +12,49 @@ from typing import Any
 import torch
 
 from dfkd_dist.config import (
+    DatasetSpec,
     EvaluationSpec,
     ImageSpec,
     LabelledSpec,
     LogSpec,
     ObjectiveSpec,
     Recipe,
+    RecipeError,
     RoundsSpec,
     StudentSpec,
     TeachersRecipe,
-    dump,
 )
-from dfkd_dist.data.datasets import ImageSet, load_image_set, to_image_space
+from dfkd_dist.data.datasets import DatasetError, ImageSet, Split, to_image_space
 from dfkd_dist.data.splits import frequent_classes
 from dfkd_dist.engine.build import party_shares
+from dfkd_dist.engine.evaluate import kept_set
 from dfkd_dist.engine.export import STUDENT
 from dfkd_dist.engine.run import run
-from dfkd_dist.engine.rundir import RunDirError
-from dfkd_dist.models.cards import Card, read_card, save_network
+from dfkd_dist.engine.rundir import check_folder, create_folder
+from dfkd_dist.models.cards import Card, read_about, read_card, save_network
+from dfkd_dist.models.network import ImageNetwork, Preprocess
+from dfkd_dist.models.registry import ZOO, build_network
 from dfkd_dist.models.weights import load_state
 
 log = logging.getLogger(__name__)
 
+Job = tuple[str, str, torch.Tensor, int | None]
+"""Name, architecture, positions of its images, party (None: all the data)."""
+
+RECIPE = "teachers.yaml"
+"""The resolved recipe, in the directory of the teachers."""
 GOLD = "gold"
 """The name of the network trained on all the data."""
 STATISTICS_SAMPLE = 10_000
 """Images from which a party measures its own mean and standard deviation."""
+
+
+class Unfinished(RuntimeError):
+    """A training ended early; `code` is what the process should end with."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def train_teachers(recipe: TeachersRecipe, *, resume: bool = False, overwrite: bool = False) -> list[dict[str, Any]]:
@@ -48,44 +66,68 @@ def train_teachers(recipe: TeachersRecipe, *, resume: bool = False, overwrite: b
         For each network its name, file, accuracy on the test split and on its party's frequent classes (percent).
 
     Raises:
-        RunDirError: the directory holds teachers and neither flag was given.
-        DatasetError: the data does not fit the recipe.
-        InterruptedError: a signal stopped the training; resume goes on.
+        RunDirError: the directory holds teachers and neither flag was given, or those of another recipe.
+        DatasetError, RecipeError: the data or a network does not fit the recipe; nothing was written.
+        Unfinished: a signal stopped the training (resume goes on), or its numbers became infinite.
     """
-    folder = recipe.out_dir()
-    if folder.exists() and any(folder.iterdir()) and not (resume or overwrite):
-        raise RunDirError(f"{folder} exists; give --resume to go on, --overwrite to start again, or out=OTHER")
-    images = load_image_set(recipe.dataset, "train")
-    shares = party_shares(images, recipe.split)
-    archs = recipe.archs * (recipe.split.parties if len(recipe.archs) == 1 else 1)
-    jobs = [(f"t{k}", arch, shares[k], k) for k, arch in enumerate(archs)]
-    if recipe.gold is not None:
-        jobs.append((GOLD, recipe.gold, torch.arange(len(images)), None))
-    results = [_train_one(recipe, images, job, folder, resume, overwrite) for job in jobs]
+    folder = check_folder(recipe.out_dir(), RECIPE, recipe, resume=resume, overwrite=overwrite)
+    images = _read(recipe.dataset, "train")
+    _read(recipe.dataset, "test")
+    jobs = _jobs(recipe, images)
+    blocks = frequent_classes(len(images.classes), recipe.split.parties)
+    create_folder(folder, RECIPE, recipe, overwrite=overwrite)
+    results = [_train_one(recipe, images, job, folder, resume, blocks) for job in jobs]
     (folder / "teachers.json").write_text(json.dumps(results, indent=1) + "\n")
-    (folder / "teachers.yaml").write_text(dump(recipe))
     return results
 
 
+def _read(spec: DatasetSpec, split: Split) -> ImageSet:
+    try:
+        return kept_set(spec, split)
+    except DatasetError as error:
+        raise DatasetError(f"dataset: {error}") from error
+
+
+def _jobs(recipe: TeachersRecipe, images: ImageSet) -> list[Job]:
+    """What is to be trained; networks that cannot be are refused here, before the first one is trained."""
+    shares = party_shares(images, recipe.split)
+    archs = recipe.archs * (recipe.split.parties if len(recipe.archs) == 1 else 1)
+    jobs: list[Job] = [(f"t{k}", arch, shares[k], k) for k, arch in enumerate(archs)]
+    if recipe.gold is not None:
+        jobs.append((GOLD, recipe.gold, torch.arange(len(images)), None))
+    for name, arch, _, _ in jobs:
+        try:
+            _try_out(recipe, arch, name, len(images.classes))
+        except ValueError as error:
+            raise RecipeError(f"{'gold' if name == GOLD else 'archs'}: {error}") from error
+    return jobs
+
+
+def _try_out(recipe: TeachersRecipe, arch: str, name: str, classes: int) -> None:
+    """Build the network and show it an image, without memory or numbers."""
+    size, channels = recipe.dataset.size, recipe.dataset.channels
+    with torch.device("meta"):
+        # Library weights are not fetched for this, but a network that has none says so.
+        network = build_network(
+            arch, num_classes=classes, in_channels=channels, pretrained=recipe.pretrained and arch in ZOO
+        )
+        ImageNetwork(network, Preprocess(size, channels, [0.5] * channels, [0.25] * channels), name)
+
+
 def _train_one(
-    recipe: TeachersRecipe,
-    images: ImageSet,
-    job: tuple[str, str, torch.Tensor, int | None],
-    folder: Path,
-    resume: bool,
-    overwrite: bool,
+    recipe: TeachersRecipe, images: ImageSet, job: Job, folder: Path, resume: bool, blocks: Sequence[list[int]]
 ) -> dict[str, Any]:
     name, arch, share, party = job
     target = folder / f"{name}.safetensors"
-    if resume and target.with_suffix(".json").is_file():
+    if resume and target.is_file() and target.with_suffix(".json").is_file():
         log.info("%s is finished already", target)
-        return dict(json.loads(target.with_suffix(".json").read_text())["about"])
+        return read_about(target) | {"file": str(target)}
     one = _recipe_of(recipe, name, arch, images, share, party, folder)
-    code, summary = run(one, resume=resume, overwrite=overwrite)
+    code, summary = run(one, resume=resume)
     if summary is None:
-        raise InterruptedError(f"training of {name} stopped with exit code {code}; go on with --resume")
+        raise Unfinished(f"training of {name} stopped with exit code {code}; go on with --resume", code)
     exported = one.run_dir() / STUDENT
-    frequent = frequent_classes(len(images.classes), recipe.split.parties)[party] if party is not None else None
+    frequent = blocks[party] if party is not None else None
     card = replace(Card(**read_card(exported)), frequent=frequent)
     about = {
         "name": name,

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfkd_dist.data.datasets import load_image_set, to_image_space
+from dfkd_dist.data.datasets import to_image_space
 from dfkd_dist.engine.build import Build
-from dfkd_dist.engine.evaluate import Panel, column_images
+from dfkd_dist.engine.evaluate import Panel, column_images, kept_set
 from dfkd_dist.engine.teachers import teacher_weights
 from dfkd_dist.losses.distillation import kl, tempered_mean
 from dfkd_dist.parallel.topology import bounds
@@ -107,7 +107,7 @@ def _supplied(build: Build, batch: int) -> Iterator[Tensor]:
     """The recipe's evaluation images, a column's slice of each global batch."""
     spec = build.recipe.evaluation
     assert spec is not None
-    images = load_image_set(spec.dataset, "test")
+    images = kept_set(spec.dataset, "test")
     dtype, world_batch = next(build.side.network.parameters()).dtype, batch * build.mesh.topology.columns
     for start in range(0, len(images), world_batch):
         pixels, _ = column_images(images, images.labels_N, start, world_batch, build)

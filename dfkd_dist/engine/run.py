@@ -16,6 +16,7 @@ from dfkd_dist.config import Recipe, load_recipe
 from dfkd_dist.engine import evaluate, export, figures, quality, report
 from dfkd_dist.engine.build import Build, build
 from dfkd_dist.engine.checkpoint import CheckpointError
+from dfkd_dist.engine.checks import agreed
 from dfkd_dist.engine.rundir import CHECKPOINTS, check_run, create_run, describe_run
 from dfkd_dist.engine.state import RunState
 from dfkd_dist.engine.trackers import Tracker
@@ -118,6 +119,7 @@ class _Session:
         self.everyone = world_group(facts.rank, facts.world_size)
         self.path: Path = self._on_first(lambda: check_run(recipe, resume=resume, overwrite=overwrite))
         self.build: Build = build(recipe, device, facts.world_size, stop_flag)
+        agreed(self.everyone, lambda: evaluate.check_set(self.build))
         self._on_first(lambda: create_run(self.path, recipe, overwrite=overwrite))
         self.state = RunState(self.build, self.path / CHECKPOINTS)
         self.before_s, self.started = 0.0, time.monotonic()

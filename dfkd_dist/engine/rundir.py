@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from dfkd_dist.config import Recipe, dump
+from dfkd_dist.config import Recipe, Spec, dump
 from dfkd_dist.parallel.mesh import Mesh
 
 RECIPE, CHECKPOINTS = "recipe.yaml", "checkpoints"
@@ -44,7 +44,19 @@ def check_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
     Raises:
         RunDirError: it holds a run and neither flag was given; it cannot be written; the recipe differs on resume.
     """
-    path = recipe.run_dir()
+    return check_folder(recipe.run_dir(), RECIPE, recipe, resume=resume, overwrite=overwrite)
+
+
+def check_folder(path: Path, marker: str, spec: Spec, *, resume: bool, overwrite: bool) -> Path:
+    """`check_run` for any directory that a recipe fills.
+
+    Args:
+        path: the directory.
+        marker: the file in it that holds the recipe.
+        spec: the recipe.
+        resume: the directory may hold what the same recipe made.
+        overwrite: it may hold what any recipe made.
+    """
     try:
         existing = next(p for p in (path, *path.absolute().parents) if p.exists())
         if not existing.is_dir():
@@ -56,39 +68,44 @@ def check_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path:
         raise RunDirError(f"{path} cannot be looked into: {error.strerror} ({error.filename})") from error
     if occupied and not (resume or overwrite):
         raise RunDirError(f"{path} exists; give --resume to go on, --overwrite to start again, or out=OTHER")
-    if occupied and overwrite and not (path / RECIPE).is_file():
-        raise RunDirError(f"{path} holds no {RECIPE}, so it is not a run; --overwrite refuses to delete it")
+    if occupied and overwrite and not (path / marker).is_file():
+        raise RunDirError(f"{path} holds no {marker}, so it is not a run; --overwrite refuses to delete it")
     if occupied and resume:
-        _same_recipe(path, recipe)
+        _same_recipe(path / marker, spec)
     return path
 
 
 def create_run(path: Path, recipe: Recipe, *, overwrite: bool) -> None:
-    """Make the directory; with `overwrite` an earlier run in it goes first, else nothing changes in a run that is there.
+    """Make the directory; with `overwrite` an earlier run in it goes first, else such a run stays as it is.
 
     Call it on rank 0 only.
 
     Raises:
         RunDirError: it cannot be created.
     """
+    create_folder(path, RECIPE, recipe, overwrite=overwrite, inside=CHECKPOINTS)
+
+
+def create_folder(path: Path, marker: str, spec: Spec, *, overwrite: bool, inside: str = ".") -> None:
+    """`create_run` for any directory that a recipe fills; `inside` is a folder to make in it."""
     try:
         if overwrite and path.exists():
             shutil.rmtree(path)
         path.mkdir(parents=True, exist_ok=True)
         # First of all: a directory without a recipe is no run, and could be neither resumed nor overwritten.
-        if not (path / RECIPE).exists():
-            _write_whole(path / RECIPE, dump(recipe))
-        (path / CHECKPOINTS).mkdir(exist_ok=True)
+        if not (path / marker).exists():
+            _write_whole(path / marker, dump(spec))
+        (path / inside).mkdir(exist_ok=True)
     except OSError as error:
         raise RunDirError(f"{path} cannot be created: {error.strerror}") from error
 
 
-def _same_recipe(path: Path, recipe: Recipe) -> None:
+def _same_recipe(file: Path, spec: Spec) -> None:
     try:
-        before = _flat(yaml.safe_load((path / RECIPE).read_text(encoding="utf-8")))
+        before = _flat(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RunDirError(f"{path / RECIPE} cannot be read, so --resume cannot check the recipe: {error}") from error
-    now = _flat(yaml.safe_load(dump(recipe)))
+        raise RunDirError(f"{file} cannot be read, so --resume cannot check the recipe: {error}") from error
+    now = _flat(yaml.safe_load(dump(spec)))
     differing = [k for k in sorted(before.keys() | now.keys()) if before.get(k, _ABSENT) != now.get(k, _ABSENT)]
     changed = [k for k in differing if not any(k == free or k.startswith(f"{free}.") for free in CHANGEABLE)]
     if changed:

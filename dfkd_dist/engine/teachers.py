@@ -57,18 +57,34 @@ def _card(recipe: Recipe, index: int, spec: TeacherSpec) -> Card:
         merged.setdefault("mean", [0.5] * channels)
         merged.setdefault("std", [0.25] * channels)
     missing = [k for k in ("arch", "mean", "std") if k not in merged]
+    if missing and spec.weights != RANDOM and not Path(spec.weights).is_file():
+        raise WeightsError(f"teachers.{index} ({spec.name}): {spec.weights}: no such file with weights")
     if missing:
         beside = Path(spec.weights).with_suffix(".json")
         raise RecipeError(
             f"teachers.{index} ({spec.name}): {', '.join(missing)} not given, neither here nor in {beside}"
         )
-    return Card(**merged)
+    try:
+        return Card(**merged)
+    except ValueError as error:
+        raise RecipeError(f"teachers.{index} ({spec.name}): {error}") from error
 
 
 def teacher_costs(cards: Sequence[Card]) -> list[float]:
-    """Parameters of each teacher, counted without allocating them: what rows are packed by."""
-    with torch.device("meta"):
-        return [float(parameter_count(card.build())) for card in cards]
+    """Parameters of each teacher, counted without allocating them: what rows are packed by.
+
+    Raises:
+        RecipeError: there is no such network.
+    """
+    return [_cost(index, card) for index, card in enumerate(cards)]
+
+
+def _cost(index: int, card: Card) -> float:
+    try:
+        with torch.device("meta"):
+            return float(parameter_count(card.build()))
+    except ValueError as error:
+        raise RecipeError(f"teachers.{index}.arch: {error}") from error
 
 
 def teacher_weights(recipe: Recipe) -> list[float]:

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+TOLERANCE = 1e-9
+"""Of the largest logit. A right fold is exact to 1e-13; a wrong one moves even a fresh network by about 1e-6."""
+
 
 def fold_batch_norm(network: nn.Module, example: Tensor) -> nn.Module:
     """Replace each (convolution, batch norm) pair that follows directly by one convolution, in place.
@@ -26,16 +29,29 @@ def fold_batch_norm(network: nn.Module, example: Tensor) -> nn.Module:
         dtype = next(network.parameters()).dtype
         network.double()
         reference = network(wide)
-        for conv_name, norm_name in _pairs(network, wide):
-            conv, norm = network.get_submodule(conv_name), network.get_submodule(norm_name)
-            assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
-            _replace(network, conv_name, fuse_conv_bn_eval(conv, norm))
-            _replace(network, norm_name, nn.Identity())
-            if not torch.allclose(network(wide), reference, rtol=1e-6, atol=1e-8):
-                _replace(network, conv_name, conv)
-                _replace(network, norm_name, norm)
+        _fold(network, _pairs(network, wide), wide, reference, TOLERANCE * float(reference.abs().max()))
         network.to(dtype)
     return network
+
+
+def _fold(network: nn.Module, pairs: list[tuple[str, str]], wide: Tensor, reference: Tensor, atol: float) -> None:
+    """Fold the pairs that may be folded: all at once, or in halves where that changes the answer."""
+    if not pairs:
+        return
+    before = [(name, network.get_submodule(name)) for pair in pairs for name in pair]
+    for conv_name, norm_name in pairs:
+        conv, norm = network.get_submodule(conv_name), network.get_submodule(norm_name)
+        assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        _replace(network, conv_name, fuse_conv_bn_eval(conv, norm))
+        _replace(network, norm_name, nn.Identity().eval())
+    if torch.allclose(network(wide), reference, rtol=0.0, atol=atol):
+        return
+    for name, module in before:
+        _replace(network, name, module)
+    if len(pairs) > 1:
+        middle = len(pairs) // 2
+        _fold(network, pairs[:middle], wide, reference, atol)
+        _fold(network, pairs[middle:], wide, reference, atol)
 
 
 def _pairs(network: nn.Module, example: Tensor) -> list[tuple[str, str]]:
@@ -52,7 +68,8 @@ def _pairs(network: nn.Module, example: Tensor) -> list[tuple[str, str]]:
 
     def before_norm(name: str, args: tuple[Any, ...]) -> None:
         runs[name] = runs.get(name, 0) + 1
-        if id(args[0]) in made_by:
+        norm = network.get_submodule(name)
+        if id(args[0]) in made_by and isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None:
             pairs.append((made_by[id(args[0])], name))
 
     with ExitStack() as hooks:

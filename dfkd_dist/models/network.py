@@ -70,7 +70,11 @@ class ImageNetwork(nn.Module):
         self.network, self.preprocess, self.name = network, preprocess, name
         example = torch.zeros(2, preprocess.channels, preprocess.size, preprocess.size)
         parameter = next(network.parameters())
-        self.taps = find_taps(network, example.to(parameter.device, parameter.dtype))
+        try:
+            self.taps = find_taps(network, example.to(parameter.device, parameter.dtype))
+        except RuntimeError as error:
+            shape = f"[N, {preprocess.channels}, {preprocess.size}, {preprocess.size}]"
+            raise ValueError(f"network {name} does not take images {shape}: {error}") from error
 
     def forward(self, images_NCHW: Tensor, need: Need = frozenset({LOGITS})) -> Signals:
         """Signals about the images; gradients reach the images (and the parameters that are not frozen)."""

@@ -61,7 +61,7 @@ class Player:
 
     def finite(self) -> bool:
         """Whether the gradient of the last `backward` holds no NaN and no infinity; waits for the device."""
-        return math.isfinite(float(torch.linalg.vector_norm(self.gradient, math.inf)))
+        return math.isfinite(float(self.gradient.sum()))  # the cheapest reduction that lets neither vanish
 
     def step(self) -> None:
         """One optimiser step with the gradient of the last `backward`."""

@@ -68,7 +68,8 @@ def make_topology(world_size: int, costs: Sequence[float], rows: int | None = No
     elif rows not in divisors:
         raise ValueError(f"mesh.rows is {rows}, which does not divide the {world_size} ranks; allowed: {divisors}")
     elif rows > limit:
-        raise ValueError(f"mesh.rows is {rows}, more than the {limit} teachers")
+        allowed = [d for d in divisors if d <= limit]
+        raise ValueError(f"mesh.rows is {rows}, more than the {limit} teachers; allowed: {allowed}")
     return Topology(rows, world_size // rows, pack(costs, rows))
 
 

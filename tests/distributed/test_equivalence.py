@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests import recipes
 from tests.distributed import playing
@@ -50,13 +51,24 @@ def assert_equal_to_one(single: Result, ranks: list[Result]) -> None:
     print(f"W={len(ranks)}: {found}, image gradients {first:.1e} at first and {last:.1e} at last")
     assert max(found.values()) < CLOSE
     assert first < 1e-12 and last < CLOSE
-    for result in ranks[1:]:
-        for name, value in result["states"]["student"].items():
-            assert torch.equal(value, ranks[0]["states"]["student"][name]), f"student replicas differ in {name}"
+    assert_replicas_are_bit_equal(ranks)
 
 
-@pytest.mark.parametrize("game", GAMES)
-@pytest.mark.parametrize(("count", "size"), [(1, 4), (2, 2), (2, 3), (2, 4), (3, 2), (3, 3), (3, 4)])
+def assert_replicas_are_bit_equal(ranks: list[Result]) -> None:
+    first: dict[str, dict[str, Tensor]] = {}
+    for result in ranks:
+        for player, state in result["states"].items():
+            for name, value in state.items():
+                assert torch.equal(value, first.setdefault(player, state)[name]), f"replicas of {player} differ: {name}"
+
+
+LAYOUTS = [(1, 4), (2, 2), (2, 3), (2, 4), (3, 2), (3, 3), (3, 4)]
+# Batch mode talks inside rows only, so one layout of every kind of row is enough.
+PLAYED = [(game, *layout) for game in ("dfmf", "dfq-eval") for layout in LAYOUTS]
+PLAYED += [("dfq-batch", 1, 4), ("dfq-batch", 2, 3), ("dfq-batch", 3, 2), ("dfq-batch", 3, 4)]
+
+
+@pytest.mark.parametrize(("game", "count", "size"), PLAYED)
 def test_twenty_rounds_equal_those_of_one_process(
     game: str, count: int, size: int, teachers: list[Tree], alone: Callable[[Tree], Result]
 ) -> None:

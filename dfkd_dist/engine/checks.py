@@ -1,0 +1,91 @@
+"""What a recipe asks of its networks, checked on all ranks before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar, cast
+
+from dfkd_dist.config import GenerativeSpec, ObjectiveSpec, Recipe, RecipeError
+from dfkd_dist.models.signals import MAP
+from dfkd_dist.models.taps import Taps
+from dfkd_dist.models.teacher import Teacher
+from dfkd_dist.parallel.group import Group
+
+T = TypeVar("T")
+
+NEEDS: dict[str, tuple[str, Callable[[Taps], bool]]] = {
+    "bn": ("batch norm with stored statistics", lambda taps: bool(taps.batch_norms)),
+    "act": ("a linear classifier", lambda taps: taps.classifier is not None),
+}
+"""What a generator's term needs of a teacher, in words and as a question to its taps."""
+ON_MAPS = ("vid", "at")
+"""Terms of an objective that compare the last convolutions' maps."""
+
+
+def agreed(world: Group, act: Callable[[], T]) -> T:
+    """Do it on every rank; a failure on one is raised on all, so that none waits for a rank that gave up.
+
+    Raises:
+        ValueError: another rank failed (named); this rank's own error is raised as it is.
+    """
+    value: T | None = None
+    own: Exception | None = None
+    try:
+        value = act()
+    except Exception as error:  # it must reach the others, who are waiting
+        own = error
+    failures = world.gather_objects(None if own is None else f"{own}")
+    if own is not None:
+        raise own
+    for rank, failure in enumerate(failures):
+        if failure is not None:
+            raise ValueError(f"rank {rank}: {failure}")
+    return cast(T, value)
+
+
+def check_generator_terms(recipe: Recipe, teacher: Teacher, arch: str) -> None:
+    """Refuse terms of the generator's loss that this teacher cannot serve.
+
+    Raises:
+        RecipeError: names the term's key, its weight, the teacher and what the teacher lacks.
+    """
+    if not isinstance(recipe.source, GenerativeSpec):
+        return
+    for key, weights in _rows_in_use(recipe, recipe.source).items():
+        for term, (what, has) in NEEDS.items():
+            if weights[term] > 0 and not has(teacher.taps):
+                raise RecipeError(
+                    f"{key}.{term} is {weights[term]:g}, but teacher {teacher.name} ({arch}) has no {what}; "
+                    f"set {key}.{term}: 0, or give a teacher that has it"
+                )
+
+
+def _rows_in_use(recipe: Recipe, source: GenerativeSpec) -> dict[str, dict[str, float]]:
+    """Key of a row of weights to the weights, for those rows that the run will use."""
+    rows = {} if source.freeze_after_warmup else {"source.loss": source.loss.weights()}
+    if recipe.rounds.warmup and source.warmup_loss is not None:
+        rows["source.warmup_loss"] = source.warmup_loss.weights()
+    elif recipe.rounds.warmup:
+        rows.setdefault("source.loss", source.warmup_weights())
+    return rows
+
+
+def check_maps(key: str, objective: ObjectiveSpec, shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
+    """Refuse terms on feature maps where a network has none.
+
+    Args:
+        key: of the objective in the recipe.
+        objective: its weights.
+        shapes: for each network taking part, as people know it, the shapes of its signals.
+
+    Raises:
+        RecipeError: names the term's key, its weight and the network.
+    """
+    bare = [name for name, known in shapes.items() if MAP not in known]
+    for term in ON_MAPS:
+        weight = objective.weights()[term]
+        if weight > 0 and bare:
+            raise RecipeError(
+                f"{key}.{term} is {weight:g}, but {', '.join(bare)} has no convolution map to compare; "
+                f"set {key}.{term}: 0"
+            )
