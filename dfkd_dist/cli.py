@@ -17,11 +17,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         from dfkd_dist.engine import run
 
         return run.command(lambda: run.main(arguments[1:]))
-    given = _parser().parse_args(arguments)
+    given = _parsed(arguments)
     from dfkd_dist.engine.run import command
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     return command(lambda: given.act(given))
+
+
+def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """Overrides may also stand behind the options, where argparse alone would not find them."""
+    parser = _parser()
+    given, rest = parser.parse_known_args(arguments)
+    unknown = [text for text in rest if text.startswith("-") or "=" not in text or not hasattr(given, "overrides")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        given.overrides = [*given.overrides, *rest]
+    return given
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 NEEDS: dict[str, tuple[str, Callable[[Taps], bool]]] = {
     "bn": ("batch norm with stored statistics", lambda taps: bool(taps.batch_norms)),
-    "act": ("a linear classifier", lambda taps: taps.classifier is not None),
+    "act": ("linear classifier", lambda taps: taps.classifier is not None),
 }
 """What a generator's term needs of a teacher, in words and as a question to its taps."""
 ON_MAPS = ("vid", "at")

@@ -6,7 +6,6 @@ traffic is worked out by arithmetic (`engine.plan_traffic`). Nothing is allocate
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -117,14 +116,14 @@ class Plan:
         """The role of a rank."""
         return next(role for role in self.roles if rank in role.members)
 
-    def to_json(self) -> str:
-        """All of it, as JSON text; of a role's ranks the first and their number."""
+    def to_json(self) -> dict[str, Any]:
+        """All of it, ready for `json.dumps`; of a role's ranks the first and their number."""
         content: dict[str, Any] = asdict(self)
         for role, found in zip(self.roles, content["roles"], strict=True):
             del found["members"]
             found.update(rank=role.rank, ranks=role.ranks)
             found["memory"]["peak"] = role.memory.peak
-        return json.dumps(content, indent=2) + "\n"
+        return content
 
     def table(self) -> str:
         """All of it, for reading."""
@@ -142,7 +141,7 @@ def plan(recipe: Recipe, ranks: int, flops_per_second: float | None = None) -> P
         flops_per_second: of one rank, for an estimate of time (see `engine.plan_probe`); None gives none.
 
     Raises:
-        RecipeError: a teacher's arch is not known.
+        WeightsError, RecipeError: a teacher's arch is not known: neither given nor on a card.
         ValueError: fewer than one rank, or `mesh.rows` does not fit the ranks.
     """
     if ranks < 1:

@@ -93,7 +93,7 @@ def plan_cards(recipe: Recipe) -> list[Card]:
     """The teachers' cards; where neither weights nor card are there yet, the recipe and defaults must do.
 
     Raises:
-        RecipeError: a teacher's arch is not known.
+        WeightsError, RecipeError: a teacher's arch is not known: neither given nor on a card.
     """
     teachers = [
         t.model_copy(update={"weights": RANDOM}) if t.arch is not None and not read_card(t.weights) else t

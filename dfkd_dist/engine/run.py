@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     which.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
     which.add_argument("--overwrite", action="store_true", help="delete an earlier run in the same directory")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    given = parser.parse_args(argv)
+    given = parser.parse_intermixed_args(argv)  # overrides may stand behind the options
     refuse_silent_single()
     facts = launch_facts()
     logging.basicConfig(

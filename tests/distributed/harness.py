@@ -32,7 +32,8 @@ PRELOAD = [
     "torchvision",
     "numpy",
     "dfkd_dist.parallel.stopping",
-    "dfkd_dist.engine.build",
+    "dfkd_dist.engine.run",
+    "matplotlib.figure",
     "pytest",
 ]
 

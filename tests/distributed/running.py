@@ -22,7 +22,7 @@ from dfkd_dist.engine.rundir import CHECKPOINTS
 from dfkd_dist.engine.trackers import METRICS, read_metrics
 from dfkd_dist.engine.trainer import Trainer
 from dfkd_dist.parallel.group import ALONE
-from dfkd_dist.parallel.launch import launch_facts, leave, open_store
+from dfkd_dist.parallel.launch import LaunchFacts, launch_facts, leave, open_store
 
 Tree = dict[str, Any]
 WAITING = "waiting for a signal"
@@ -58,24 +58,31 @@ def before_step(number: int | None, act: Callable[[Trainer], None]) -> Iterator[
 
 def travel(rank: int, size: int, legs: list[Leg]) -> list[int]:
     """Exit codes of runs one after another, each joining anew; without a launcher it is a single process."""
-    facts = launch_facts()
-    if size > 1:
-        store = open_store(facts, 60.0, serve=rank == 0)  # noqa: F841 - every run meets there, so it must outlive them
-        leave()
     codes = []
-    for attempt, leg in enumerate(legs):
+    for attempt, leg in enumerate(legs, start=1):
         stop_at = leg.stop_at if rank == size - 1 else 0
         with before_step(stop_at or 0, lambda trainer: os.kill(os.getpid(), signal.SIGTERM)):
-            recipe, where = parse(Recipe, leg.tree), replace(facts, attempt=attempt + 1)
-            codes.append(run(recipe, where, resume=leg.resume, device="cpu")[0])
+            codes.append(run(parse(Recipe, leg.tree), anew(attempt), resume=leg.resume, device="cpu")[0])
     return codes
+
+
+_stores: list[Any] = []
+
+
+def anew(attempt: int = 1) -> LaunchFacts:
+    """Leave the ranks that the harness joined, and the facts to join them again with; a number may serve once."""
+    facts = launch_facts()
+    if facts.world_size > 1 and not _stores:
+        # The store lives on: whoever comes early must not meet the one that rank 0 is about to close.
+        _stores.append(open_store(facts, 60.0, serve=facts.rank == 0))
+    leave()
+    return replace(facts, attempt=attempt)
 
 
 def die(rank: int, size: int, tree: Tree, who: int, trouble: str, at: int) -> None:
     """One run that ends the process with its exit code; rank `who` gets into trouble before its step `at`."""
-    leave()
     with before_step(at if rank == who else 0, TROUBLES[trouble]):
-        sys.exit(run(parse(Recipe, tree), replace(launch_facts(), attempt=1), device="cpu")[0])
+        sys.exit(run(parse(Recipe, tree), anew(), device="cpu")[0])
 
 
 def _kill(trainer: Trainer) -> None:

@@ -26,7 +26,6 @@ from dfkd_dist.engine.checkpoint import CheckpointError
 from dfkd_dist.engine.trainer import Trainer
 from dfkd_dist.models.signals import Signals
 from dfkd_dist.parallel.group import ALONE
-from dfkd_dist.parallel.launch import launch_facts, leave
 from dfkd_dist.parallel.stopping import EXIT_LOST_RANK, EXIT_NONFINITE, EXIT_STOPPED
 from tests import recipes
 from tests.distributed import running
@@ -89,7 +88,9 @@ def test_a_signal_to_one_rank_stops_all_with_one_checkpoint(
     ranks = start_ranks(running.die, 2, tree | {"out": str(folder)}, who, "await signal", 4)
     try:
         end = time.monotonic() + 60.0
-        while running.WAITING not in ranks[who].stderr() and time.monotonic() < end:
+        while running.WAITING not in ranks[who].stderr():
+            early = [code for code in _exit_codes(ranks, 0.0) if code is not None]
+            assert not early and time.monotonic() < end, (early, [rank.stderr() for rank in ranks])
             time.sleep(0.05)
         ranks[who].send_signal(number)
         assert _exit_codes(ranks, LIMIT_S) == [EXIT_STOPPED] * 2, [rank.stderr() for rank in ranks]
@@ -246,10 +247,9 @@ def poisoned(rank: int, size: int, tree: Tree, poison: str) -> tuple[int, str, b
     def remember(trainer: Trainer) -> None:
         before[:] = [_trained(trainer)]
 
-    leave()
     running_run.build = spoilt_build
     with running.before_step(None, remember), _logged() as said:
-        code, _ = running_run.run(parse(Recipe, tree), replace(launch_facts(), attempt=1), device="cpu")
+        code, _ = running_run.run(parse(Recipe, tree), running.anew(), device="cpu")
     return code, "\n".join(said), not running.differences(before[0], _trained(builds[0].trainer))
 
 
@@ -298,10 +298,9 @@ def short_of_space(rank: int, size: int, tree: Tree) -> str:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(aside / part))
         return write(aside, part, state)
 
-    leave()
     checkpoint._write_part = fail
     with pytest.raises(CheckpointError) as raised:
-        running_run.run(parse(Recipe, tree), replace(launch_facts(), attempt=1), device="cpu")
+        running_run.run(parse(Recipe, tree), running.anew(), device="cpu")
     return str(raised.value)
 
 
