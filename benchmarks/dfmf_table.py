@@ -3,8 +3,8 @@
     python benchmarks/dfmf_table.py --set mnist_ibl3 [--seeds 0 1 2] [--json FILE] [--quick]
     python benchmarks/dfmf_table.py --document      # rewrite the tables of docs/results.md from benchmarks/results
 
-Resumable: a run that is finished is kept, one that was cut off goes on from its checkpoint. Every method's student sees the
-same number of images. Means and sample standard deviations (ddof = 1) over the seeds.
+Resumable: a run that is finished is kept, one that was cut off goes on from its checkpoint. Every method's student sees
+the same number of images. Means and sample standard deviations (ddof = 1) over the seeds.
 """
 
 from __future__ import annotations
@@ -165,7 +165,8 @@ def _markdown(row: dict[str, Any]) -> str:
     note = f" ({row['note']})" if row.get("note") else ""
     gaps = ["" if row.get(f"{kind} at the end") is None else f"{row[f'{kind} at the end']:.3f}" for kind in _KINDS]
     images = f"{row['student images']:,}" if "student images" in row else ""
-    return f"| {row['row']} | {row['accuracy']:.2f}{spread}{note} | {images} | {' | '.join(gaps)} | {PAPER.get(row['row'], '')} |"
+    cells = [row["row"], f"{row['accuracy']:.2f}{spread}{note}", images, *gaps, PAPER.get(row["row"], "")]
+    return f"| {' | '.join(cells)} |"
 
 
 _KINDS = ("D(T,S)", "D(T,A)")

@@ -14,11 +14,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the process's exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["train"]:
-        from dfkd_dist.engine import run
+        from dfkd_dist.engine import entry
 
-        return run.command(lambda: run.main(arguments[1:]))
+        return entry.command(lambda: entry.main(arguments[1:]))
     given = _parsed(arguments)
-    from dfkd_dist.engine.run import command
+    from dfkd_dist.engine.entry import command
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     return command(lambda: given.act(given))

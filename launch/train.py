@@ -7,7 +7,7 @@ python launch/train.py RECIPE
 
 import sys
 
-from dfkd_dist.engine.run import command, main
+from dfkd_dist.engine.entry import command, main
 
 if __name__ == "__main__":
     sys.exit(command(main))

@@ -224,6 +224,16 @@ def check_set(build: Build) -> None:
         frequent_classes(build.recipe.num_classes, spec.split.parties)
 
 
+def some_images(build: Build, count: int = 64) -> dict[str, Tensor]:
+    """Real test images `[count, C, H, W]` by teacher, to look at beside generated ones; empty without a set."""
+    spec = build.recipe.evaluation
+    if spec is None:
+        return {}
+    images = kept_set(spec.dataset, "test")
+    real_NCHW = to_image_space(images.images(torch.arange(min(count, len(images)))))
+    return {teacher.name: real_NCHW for teacher in build.teachers}
+
+
 def kept_set(spec: DatasetSpec, split: Split) -> ImageSet:
     """The images of a spec, kept between the evaluations of one run."""
     return _loaded(spec.model_dump_json(), split)

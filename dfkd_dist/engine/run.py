@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from dfkd_dist.config import Recipe, load_recipe
+from dfkd_dist.config import Recipe
 from dfkd_dist.engine import evaluate, export, figures, quality, report
 from dfkd_dist.engine.build import Build, build
 from dfkd_dist.engine.checkpoint import CheckpointError
@@ -21,42 +19,14 @@ from dfkd_dist.engine.rundir import CHECKPOINTS, check_run, create_run, describe
 from dfkd_dist.engine.state import RunState
 from dfkd_dist.engine.trackers import Tracker
 from dfkd_dist.engine.trainer import NonFinite, Stopped
-from dfkd_dist.parallel.launch import LaunchFacts, join, launch_facts, leave, refuse_silent_single
+from dfkd_dist.parallel.launch import LaunchFacts, join, launch_facts, leave
 from dfkd_dist.parallel.mesh import world_group
 from dfkd_dist.parallel.stopping import EXIT_LOST_RANK, EXIT_NONFINITE, EXIT_STOPPED, Heartbeats, StopFlag
 
 log = logging.getLogger(__name__)
 
-EXIT_REFUSED = 2
-"""The recipe, a file or a directory was refused before any work."""
-EXIT_FAILED = 1
-
 COLLECTIVE_TIMEOUT_S = 1800.0
 T = TypeVar("T")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """`train RECIPE [key=value ...] [--resume | --overwrite]`: what launchers and `dfkd train` start."""
-    parser = argparse.ArgumentParser(prog="dfkd train", description="Train a student as a recipe says.")
-    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe such as debug/dfmf.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, read as YAML")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint")
-    which.add_argument("--overwrite", action="store_true", help="delete an earlier run in the same directory")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    given = parser.parse_intermixed_args(argv)  # overrides may stand behind the options
-    refuse_silent_single()
-    facts = launch_facts()
-    logging.basicConfig(
-        level=logging.INFO if facts.rank == 0 else logging.WARNING,
-        format=f"%(asctime)s [rank {facts.rank}] %(message)s",
-        datefmt="%H:%M:%S",
-    )
-    recipe = load_recipe(given.recipe, given.overrides)
-    code, summary = run(recipe, facts, resume=given.resume, overwrite=given.overwrite, device=given.device)
-    if summary is not None and facts.rank == 0:
-        print(report.summary_table(summary))
-    return code
 
 
 def run(
@@ -157,6 +127,7 @@ class _Session:
         trainer.hooks.save = self._save
         trainer.hooks.observe = self._observed
         trainer.hooks.after_round = self._after_round
+        self.images = (time.monotonic(), sum(trainer.meters.images.values()))
         trainer.fit()
         self._save()
         return self._finish()
@@ -173,10 +144,16 @@ class _Session:
         if done % recipe.log.every == 0 or done == recipe.rounds.total:
             metrics = trainer.meters.read(self.build.mesh.world)
             self.tracker.log(done, self.seconds(), metrics | self._accuracy(done))
+        self.tracker.progress(done, self._images_per_second())
         if recipe.log.grids and done == recipe.rounds.warmup:
             figures.save_grids(self.build, self.path, "warmup")
         if recipe.checkpoint.every and done % recipe.checkpoint.every == 0 and done < recipe.rounds.total:
             self._save()
+
+    def _images_per_second(self) -> float:
+        """Through generators, assistants and the student, since this process started."""
+        since, before = self.images
+        return (sum(self.build.trainer.meters.images.values()) - before) / max(time.monotonic() - since, 1e-9)
 
     def _accuracy(self, done: int) -> dict[str, float]:
         spec = self.recipe.evaluation
@@ -189,25 +166,18 @@ class _Session:
     def _finish(self) -> dict[str, Any]:
         """Evaluate, export, draw; every rank takes part, rank 0 writes."""
         wall, spec, built = self.seconds(), self.recipe.evaluation, self.build
-        found = None
+        found = validation = None
         if spec is not None:
             found = evaluate.evaluate(built, spec.dataset, "test", batch=spec.batch, parties=spec.split)
+            if spec.dataset.val_fraction > 0 and built.cards:
+                validation = evaluate.evaluate(built, spec.dataset, "val", batch=spec.batch, parties=None)
         measured = quality.measure(built)
-        summary = report.summarise(built, found, measured, wall_seconds=wall)
+        summary = report.summarise(built, found, measured, wall_seconds=wall, validation=validation)
         if self.recipe.log.grids:
-            figures.save_grids(built, self.path, "end")
+            figures.save_grids(built, self.path, "end", real=evaluate.some_images(built))
         if self.first:
             export.export_student(built, self.path / "student.safetensors", summary)
             report.write_summary(self.path, summary)
             figures.save_curves(self.path)
         self.tracker.close()
         return summary
-
-
-def command(act: Callable[[], int]) -> int:
-    """Run a command; refusals become one message on stderr and EXIT_REFUSED, not a traceback."""
-    try:
-        return act()
-    except (ValueError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_REFUSED

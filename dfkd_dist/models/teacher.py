@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dfkd_dist.models.folding import fold_batch_norm
 from dfkd_dist.models.network import ImageNetwork, Preprocess
@@ -24,7 +25,8 @@ class Teacher(ImageNetwork):
         class_order: `[C]` indices that bring its logits into the run's order, or None where they agree.
 
     Raises:
-        ValueError: a parameter or buffer is not finite (named).
+        ValueError: a parameter or buffer is not finite (named), or a batch norm has no stored statistics, so that an
+            answer would depend on which other images are asked about.
     """
 
     class_order: Tensor | None
@@ -38,6 +40,7 @@ class Teacher(ImageNetwork):
         class_order: Sequence[int] | None = None,
     ) -> None:
         _refuse_nonfinite(network, name)
+        _refuse_batch_dependence(network, name)
         super().__init__(network, preprocess, name)
         self.classes = list(classes) if classes is not None else None
         order = None if class_order is None else torch.tensor(class_order)
@@ -85,6 +88,14 @@ def _refuse_nonfinite(network: nn.Module, name: str) -> None:
     for key, value in network.state_dict().items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise ValueError(f"teacher {name}: tensor {key} holds NaN or infinite values; its weights are damaged")
+
+
+def _refuse_batch_dependence(network: nn.Module, name: str) -> None:
+    for key, module in network.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise ValueError(
+                f"teacher {name}: batch norm {key} has no stored statistics, so its answers depend on the batch"
+            )
 
 
 def class_order(classes: Sequence[str] | None, reference: Sequence[str] | None, name: str) -> list[int] | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dfkd_dist.cli import main
 from dfkd_dist.engine.checks import agreed
-from dfkd_dist.engine.run import EXIT_REFUSED
+from dfkd_dist.engine.entry import EXIT_REFUSED
 from dfkd_dist.models import registry
 from dfkd_dist.models.weights import load_state, save_weights
 from dfkd_dist.parallel.group import ALONE, Group

@@ -14,7 +14,7 @@ from dfkd_dist.cli import main
 from dfkd_dist.config import DatasetSpec, dump, load_teachers_recipe
 from dfkd_dist.data.datasets import load_image_set, to_image_space
 from dfkd_dist.engine import private_teachers
-from dfkd_dist.engine.run import EXIT_REFUSED
+from dfkd_dist.engine.entry import EXIT_REFUSED
 from dfkd_dist.models.cards import read_card
 from dfkd_dist.parallel.stopping import EXIT_STOPPED
 
