@@ -10,6 +10,7 @@ show the cost of being distributed, not a speed-up.
 from __future__ import annotations
 
 import socket
+from statistics import median
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class Ours:
 
     def __init__(self, spec: Recipe, device: torch.device, world: int = 1) -> None:
         self.built: Build = build(spec, device, world)
+        self.seconds = self.built.trainer.meters.seconds
 
     def round(self) -> None:
         """One main round of the real training loop."""
@@ -62,16 +64,33 @@ class Ours:
         trainer.rounds = trainer.position.round + 1
         trainer.fit()
 
+
+class Phased:
+    """Keeps each round's time by phase, for medians.
+
+    Args:
+        one: a `PlainDFMF` or `Ours`: advances by `round()`, adds up `seconds` by phase.
+    """
+
+    def __init__(self, one: Any) -> None:
+        self.one = one
+        self.rounds: list[dict[str, float]] = []
+
+    def round(self) -> None:
+        """One round."""
+        before = dict(self.one.seconds)
+        self.one.round()
+        self.rounds.append({phase: self.one.seconds[phase] - before.get(phase, 0.0) for phase in PHASES})
+
     def phases(self) -> dict[str, float]:
-        """Milliseconds per round of each phase, over all rounds so far."""
-        seconds, rounds = self.built.trainer.meters.seconds, self.built.trainer.position.round
-        return {phase: 1000 * seconds[phase] / rounds for phase in PHASES}
+        """Median milliseconds of each phase in a round, the first (which warms up) left out."""
+        return {phase: 1000 * median(r[phase] for r in self.rounds[1:]) for phase in PHASES}
 
 
 def _rank(rank: int, size: int, port: int, quick: bool, precision: str, repeats: int, out: Any) -> None:
     torch.set_num_threads(1)
     join_at(rank, size, port)
-    ours = Ours(recipe(quick, precision, repeats + 1), torch.device("cpu"), size)
+    ours = Phased(Ours(recipe(quick, precision, repeats + 1), torch.device("cpu"), size))
     seconds = interleaved({"round": ours.round}, repeats)
     if rank == 0:
         out.put((seconds["round"], ours.phases()))
@@ -100,21 +119,20 @@ def main() -> None:
     given = arguments(__doc__ or "")
     device = torch.device(given.device)
     repeats = 3 if given.quick else 7
+    # One thread a rank in every row: barriers between threads that share busy cores would measure the neighbours.
+    torch.set_num_threads(1)
     spec = recipe(given.quick, "fp32", 1)
     if device.type == "cuda":
         torch.set_default_device(device)
-    plain = PlainDFMF(spec)
+    plain = Phased(PlainDFMF(spec))
     torch.set_default_device("cpu")
-    ours = {p: Ours(recipe(given.quick, p, 1), device) for p in ("fp32", "bf16")}
+    ours = {p: Phased(Ours(recipe(given.quick, p, 1), device)) for p in ("fp32", "bf16")}
     acts = {"plain": plain.round} | {p: one.round for p, one in ours.items()}
     if device.type == "cuda":
         acts["plain"] = lambda: _on(device, plain.round)
     seconds = interleaved(acts, repeats)
-    rounds = repeats + 1
-    plain_phases = {phase: 1000 * plain.seconds[phase] / rounds for phase in PHASES}
-    rows: list[dict[str, Any]] = [
-        {"implementation": "plain", "precision": "fp32", "ranks": 1, "round_ms": 1000 * seconds["plain"]} | plain_phases
-    ]
+    first = {"implementation": "plain", "precision": "fp32", "ranks": 1, "round_ms": 1000 * seconds["plain"]}
+    rows: list[dict[str, Any]] = [first | plain.phases()]
     for precision, one in ours.items():
         row = {"implementation": "ours", "precision": precision, "ranks": 1, "round_ms": 1000 * seconds[precision]}
         rows.append(row | one.phases() | {"plain/ours": seconds["plain"] / seconds[precision]})

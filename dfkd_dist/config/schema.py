@@ -112,7 +112,7 @@ class ObjectiveSpec(Spec):
     kl_direction: Literal["forward", "reverse"] = "forward"
     """forward is KL(teacher || student)."""
     target: Literal["mean_probabilities", "mean_logits", "lowest_entropy"] = "mean_probabilities"
-    """How several teachers' answers become one target."""
+    """How several teachers' answers become the target of kl; l1 compares with their mean logits always."""
 
     def weights(self) -> dict[str, float]:
         """Term name to weight."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dfkd_dist.config import AugmentSpec
+from dfkd_dist.models.network import to_luma
 
 
 def num_uniforms(spec: AugmentSpec) -> int:
@@ -121,10 +122,10 @@ def _hexagon(sixths: Tensor) -> Tensor:
 
 
 def _grey(images_NCHW: Tensor) -> Tensor:
-    """ITU-R BT.601 luma `[N, 1, H, W]`; grey images are their own."""
+    """Luma `[N, 1, H, W]`; grey images are their own."""
     if images_NCHW.shape[1] == 1:
         return images_NCHW
-    return 0.299 * images_NCHW[:, 0:1] + 0.587 * images_NCHW[:, 1:2] + 0.114 * images_NCHW[:, 2:3]
+    return to_luma(images_NCHW)
 
 
 def _shift(images_NCHW: Tensor, by_N: Tensor, dim: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from dfkd_dist.config import AssistantSpec, GenerativeSpec, LabelledSpec, ObjectiveSpec, Recipe, RecipeError, SplitSpec
 from dfkd_dist.data.datasets import ImageSet, load_image_set
 from dfkd_dist.data.splits import party_indices
-from dfkd_dist.engine.checks import agreed, check_generator_terms, check_maps
+from dfkd_dist.engine.checks import agreed, check_generator_terms, check_maps, check_student_classes
 from dfkd_dist.engine.metrics import Meters
 from dfkd_dist.engine.optim import make_player
 from dfkd_dist.engine.seeding import seeded
@@ -33,7 +33,7 @@ from dfkd_dist.parallel.mesh import Mesh, make_mesh
 from dfkd_dist.parallel.player import Player
 from dfkd_dist.parallel.randomness import Randomness
 from dfkd_dist.parallel.stopping import StopFlag
-from dfkd_dist.parallel.topology import Topology, make_topology
+from dfkd_dist.parallel.topology import make_topology
 from dfkd_dist.sources.base import Source
 from dfkd_dist.sources.generative import GenerativeSource, Kit
 from dfkd_dist.sources.labelled import LabelledSource
@@ -54,11 +54,6 @@ class Build:
     side: StudentSide
     source: Source
     trainer: Trainer
-
-
-def make_run_topology(recipe: Recipe, world_size: int) -> Topology:
-    """The mesh that a recipe gets on so many ranks, by arithmetic alone."""
-    return make_topology(world_size, teacher_costs(teacher_cards(recipe)), recipe.mesh.rows)
 
 
 def build(recipe: Recipe, device: torch.device, world_size: int = 1, stop_flag: StopFlag | None = None) -> Build:
@@ -155,7 +150,9 @@ class _Builder:
         channels = recipe.image.channels
         mean = spec.mean or _average([c.mean for c in self.cards if c.channels == channels]) or [0.5] * channels
         std = spec.std or _average([c.std for c in self.cards if c.channels == channels]) or [0.25] * channels
-        classes = spec.classes or reference_classes(self.cards)
+        reference = reference_classes(self.cards)
+        check_student_classes(recipe, reference)
+        classes = spec.classes or reference
         with _named("student"):
             return Card(spec.arch, recipe.num_classes, spec.size or recipe.image.size, channels, mean, std, classes)
 

@@ -70,6 +70,21 @@ def _rows_in_use(recipe: Recipe, source: GenerativeSpec) -> dict[str, dict[str, 
     return rows
 
 
+def check_student_classes(recipe: Recipe, reference: Sequence[str] | None) -> None:
+    """Refuse class names that would mislabel the exported student, whose logits are in the run's class order.
+
+    Raises:
+        RecipeError: another number of names than classes, or not the teachers' order.
+    """
+    given = recipe.student.classes
+    if given is None:
+        return
+    if len(given) != recipe.num_classes:
+        raise RecipeError(f"student.classes: found {len(given)} names, but num_classes is {recipe.num_classes}")
+    if reference is not None and given != list(reference):
+        raise RecipeError(f"student.classes: found {given}, but the teachers' order is {list(reference)}; leave it out")
+
+
 def check_maps(key: str, objective: ObjectiveSpec, shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
     """Refuse terms on feature maps where a network has none.
 

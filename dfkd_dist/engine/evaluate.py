@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -20,6 +21,8 @@ from dfkd_dist.models.teacher import class_order
 from dfkd_dist.parallel.batchnorm import reading_only
 from dfkd_dist.parallel.exchange import Exchange
 from dfkd_dist.parallel.topology import bounds
+
+log = logging.getLogger(__name__)
 
 AVG_PRED, HIGHEST_CONF, STUDENT = "AvgPred", "HighestConf", "student"
 """Mean of the teachers' probabilities (DFMF Eq. 1), answer of the teacher with the lowest entropy, the student."""
@@ -222,6 +225,24 @@ def check_set(build: Build) -> None:
     run_labels(images, build)
     if spec.split is not None:
         frequent_classes(build.recipe.num_classes, spec.split.parties)
+
+
+def has_validation(build: Build) -> bool:
+    """Whether every rank can read validation images, which choose the best teacher; why not is logged.
+
+    A set may well consist of test images alone, so this is no error. All ranks call it alike.
+    """
+    spec, why = build.recipe.evaluation, ""
+    if spec is None or spec.dataset.val_fraction == 0:
+        return False
+    try:
+        kept_set(spec.dataset, "val")
+    except DatasetError as error:
+        why = str(error)
+    found = [part for part in build.mesh.world.gather_objects(why) if part]
+    if found and build.mesh.rank == 0:
+        log.info("the best teacher is not reported: %s", found[0])
+    return not found
 
 
 def some_images(build: Build, count: int = 64) -> dict[str, Tensor]:

@@ -130,7 +130,7 @@ class TrafficPlan:
 
     def _generator_step(self, spec: GenerativeSpec, teacher: TeacherWidths, warm: bool) -> Iterator[Traffic]:
         assert teacher.generator is not None
-        weights = _weights(spec, warm)
+        weights = spec.warmup_weights() if warm else spec.loss.weights()
         yield from self._norms(GENERATOR, "generator batch norm", self.sync, teacher.generator.norms, backward=True)
         if weights["adv"] > 0 and spec.adversary.batch_norm == "batch":
             read = self.student if spec.adversary.against == "student" else teacher.assistant
@@ -198,14 +198,6 @@ def by_collective(sent: Sequence[Traffic]) -> dict[str, Count]:
     for t in sent:
         found[t.kind] = found.get(t.kind, Count()) + Count(t.calls, t.bytes)
     return found
-
-
-def _weights(spec: GenerativeSpec, warm: bool) -> dict[str, float]:
-    if not warm:
-        return spec.loss.weights()
-    if spec.warmup_loss is not None:
-        return spec.warmup_loss.weights()
-    return spec.loss.weights() | {"adv": 0.0}
 
 
 def _times(step: Sequence[Traffic], steps: int) -> list[Traffic]:

@@ -137,7 +137,7 @@ class _Session:
 
     def _observed(self, round: int) -> bool:
         """Whether the next line of metrics falls at the end of this round."""
-        return (round + 1) % self.recipe.log.every == 0
+        return (round + 1) % self.recipe.log.every == 0 or round + 1 == self.recipe.rounds.total
 
     def _after_round(self, done: int) -> None:
         recipe, trainer = self.recipe, self.build.trainer
@@ -169,7 +169,7 @@ class _Session:
         found = validation = None
         if spec is not None:
             found = evaluate.evaluate(built, spec.dataset, "test", batch=spec.batch, parties=spec.split)
-            if spec.dataset.val_fraction > 0 and built.cards:
+            if built.cards and evaluate.has_validation(built):
                 validation = evaluate.evaluate(built, spec.dataset, "val", batch=spec.batch, parties=None)
         measured = quality.measure(built)
         summary = report.summarise(built, found, measured, wall_seconds=wall, validation=validation)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +40,7 @@ class Preprocess(nn.Module):
         """`[N, C, H, W]` in image space to `[N, channels, size, size]`."""
         x = images_NCHW
         if x.shape[1] != self.channels:
-            x = _to_rgb(x) if self.channels == 3 else _to_grey(x)
+            x = _to_rgb(x) if self.channels == 3 else to_luma(x)
         if x.shape[-1] != self.size:
             x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
         return (x - self.mean) / self.std
@@ -51,9 +50,10 @@ def _to_rgb(grey_N1HW: Tensor) -> Tensor:
     return grey_N1HW.expand(-1, 3, -1, -1)
 
 
-def _to_grey(rgb_N3HW: Tensor) -> Tensor:
-    weights = rgb_N3HW.new_tensor(LUMA).view(1, 3, 1, 1)
-    return (rgb_N3HW * weights).sum(dim=1, keepdim=True)
+def to_luma(rgb_N3HW: Tensor) -> Tensor:
+    """Grey `[N, 1, H, W]` of colour images, differentiably."""
+    red, green, blue = (weight * rgb_N3HW[:, c : c + 1] for c, weight in enumerate(LUMA))
+    return red + green + blue
 
 
 class ImageNetwork(nn.Module):
@@ -102,19 +102,6 @@ class ImageNetwork(nn.Module):
             signals = self.eval()(images, frozenset({LOGITS, "map"}))
         self.train(was_training)
         return signals
-
-
-@contextmanager
-def parameters_frozen(module: nn.Module) -> Iterator[None]:
-    """Gradients pass through `module` to its input but not into its parameters."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    for p in trainable:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in trainable:
-            p.requires_grad_(True)
 
 
 def parameter_count(module: nn.Module) -> int:

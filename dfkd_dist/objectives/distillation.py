@@ -75,7 +75,8 @@ class Distillation(nn.Module):
             case "mean_logits":
                 return distillation.tempered_mean([self._mean_logits(answers)], [1.0], tau)
             case "lowest_entropy":
-                return distillation.lowest_entropy_choice(torch.stack([(t / tau).softmax(dim=1) for t in logits]))
+                probs = [distillation.tempered_mean([logits_NC], [1.0], tau) for logits_NC in logits]
+                return distillation.lowest_entropy_choice(torch.stack(probs))
 
     def _mean_logits(self, answers: Sequence[Signals]) -> Tensor:
         return distillation.mean_logits([a.logits_NC for a in answers], self.teacher_weights)

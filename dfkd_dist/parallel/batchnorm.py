@@ -83,7 +83,7 @@ class _Normalise(torch.autograd.Function):
             var_C, mean_C = torch.var_mean(wide, dim=dims, correction=0)
         else:
             var_C = mean_C = wide.new_zeros(x.shape[1])
-        packed = torch.cat([mean_C, var_C, mean_C.new_tensor([float(count)])])
+        packed = torch.cat([mean_C, var_C, mean_C.new_full((1,), count)])
         channels = x.shape[1]
         parts = torch.stack(group.gather(packed))
         mean_RC, var_RC, count_R1 = parts.split([channels, channels, 1], dim=1)

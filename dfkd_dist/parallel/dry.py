@@ -73,12 +73,6 @@ class DryGroup(Group):
         self.record("all_to_all_single", payload_bytes(sent))
         return list(sent.new_empty(sum(receive)).split(list(receive)))
 
-    def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
-        """The tensor as it is."""
-        if self.size > 1:
-            self.record("broadcast", payload_bytes(tensor))
-        return tensor
-
     def gather_objects(self, value: Any) -> list[Any]:
         """`objects`, or copies of the own value."""
         return list(self.objects) or [value] * self.size

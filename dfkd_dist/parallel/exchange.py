@@ -84,6 +84,7 @@ class Exchange:
     ) -> None:
         self.mesh, self.teachers, self.need = mesh, teachers, need
         self.shapes = [{name: s for name, s in of.items() if name in need} for of in shapes]
+        self._orders: dict[tuple[int, torch.device], Tensor] = {}
 
     def gather(self, own: Sequence[Tensor], per_teacher: int) -> Batch:
         """The student's batch from what each rank made.
@@ -104,7 +105,10 @@ class Exchange:
         deal = Deal(self.mesh.topology, self.mesh.topology.column_of(self.mesh.rank), per_teacher)
         padding = block.new_zeros(deal.padded - len(block), *block.shape[1:])
         blocks = torch.cat(column.gather(torch.cat([block, padding])))
-        return blocks[torch.tensor(deal.order(), dtype=torch.long, device=block.device)]
+        key = per_teacher, block.device
+        if key not in self._orders:  # kept, because a copy to the device waits for it
+            self._orders[key] = torch.tensor(deal.order(), dtype=torch.long, device=block.device)
+        return blocks[self._orders[key]]
 
     def answers(self, batch: Batch) -> list[Signals]:
         """Every teacher's signals about this rank's images, in recipe order; empty where there are no teachers."""

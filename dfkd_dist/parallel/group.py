@@ -69,12 +69,6 @@ class Group:
         dist.all_to_all_single(out, sent, list(receive), [p.numel() for p in pieces], group=self.handle)
         return list(out.split(list(receive)))
 
-    def broadcast_(self, tensor: Tensor, source: int = 0) -> Tensor:
-        """Member `source`'s values everywhere, in place."""
-        if self.size > 1:
-            dist.broadcast(tensor, src=self.ranks[source], group=self.handle)
-        return tensor
-
     def gather_objects(self, value: Any) -> list[Any]:
         """Every member's Python object; for set-up and checkpoints, not for steps."""
         if self.size == 1:

@@ -60,7 +60,7 @@ def combine_moments(layers: Sequence[Moments], count: int, group: Group) -> list
     sizes = [layer.mean_C.numel() for layer in layers]
     means = torch.cat([layer.mean_C for layer in layers])
     variances = torch.cat([layer.var_C for layer in layers])
-    packed = torch.cat([means, variances, means.new_tensor([float(count)])])
+    packed = torch.cat([means, variances, means.new_full((1,), count)])
     parts = torch.stack(gather_own(packed, group))
     mean_RC, var_RC, count_R1 = parts.split([sum(sizes), sum(sizes), 1], dim=1)
     mean, var = pooled(mean_RC, var_RC, count_R1)

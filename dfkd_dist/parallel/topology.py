@@ -45,10 +45,6 @@ class Topology:
         """World ranks of a column, by row."""
         return tuple(range(column, self.world_size, self.columns))
 
-    def home(self, teacher: int) -> int:
-        """The row that holds a teacher."""
-        return next(t for t, held in enumerate(self.teachers) if teacher in held)
-
 
 def make_topology(world_size: int, costs: Sequence[float], rows: int | None = None) -> Topology:
     """Rows and the teachers packed into them by cost.

@@ -119,7 +119,7 @@ class GenerativeSource:
 
     def _generator_losses(self, kit: Kit, round: int, student: ImageNetwork, observe: bool) -> Losses:
         warm = round < self.rounds.warmup
-        weights = self._weights(warm)
+        weights = self.spec.warmup_weights() if warm else self.spec.loss.weights()
         own = self._own(self.size)
         with self.autocast():
             images_NCHW = kit.generator.module(self._latents(kit, "generator", own, round, 0)).to(self.dtype)
@@ -132,13 +132,6 @@ class GenerativeSource:
         if self.spec.student_images == "from_update":
             self._made[kit.teacher.name] = images_NCHW.detach()
         return weighted(terms, weights, report)
-
-    def _weights(self, warm: bool) -> dict[str, float]:
-        if not warm:
-            return self.spec.loss.weights()
-        if self.spec.warmup_loss is not None:
-            return self.spec.warmup_loss.weights()
-        return self.spec.loss.weights() | {"adv": 0.0}
 
     def _opponent(self, kit: Kit, student: ImageNetwork) -> ImageNetwork:
         if self.spec.adversary.against == "student":

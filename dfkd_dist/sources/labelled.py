@@ -57,6 +57,7 @@ class LabelledSource:
         self.images, self.indices, self.size, self.world = images, indices, batch, world
         self.randomness, self.augment_spec, self.dtype, self.device = randomness, augment_spec, dtype, device
         self.per_epoch = len(indices) // batch
+        self._order: tuple[int, Tensor] = (-1, indices)
 
     def update_steps(self, round: int) -> int:
         """Nothing is made."""
@@ -77,9 +78,8 @@ class LabelledSource:
     def batch(self, round: int, step: int) -> Batch:
         """This rank's slice of global batch `round`."""
         epoch, g = divmod(round, self.per_epoch)
-        order = self.randomness.permutation("epoch", len(self.indices), round=epoch).cpu()
         low, high = bounds(self.size, self.world.size, self.world.rank)
-        chosen = self.indices[order[g * self.size + low : g * self.size + high]]
+        chosen = self._shuffled(epoch)[g * self.size + low : g * self.size + high]
         images_NCHW = to_image_space(self.images.images(chosen).to(self.device), self.dtype)
         wanted = num_uniforms(self.augment_spec)
         if wanted:
@@ -87,6 +87,13 @@ class LabelledSource:
             uniforms_NP = self.randomness.uniform("augment/labelled", slots, (wanted,), round=round, dtype=self.dtype)
             images_NCHW = augment(images_NCHW, uniforms_NP, self.augment_spec)
         return Batch(images_NCHW, self.size, labels_N=self.images.labels_N[chosen].to(self.device))
+
+    def _shuffled(self, epoch: int) -> Tensor:
+        """The share's positions in the order of an epoch; the last epoch's is kept."""
+        if self._order[0] != epoch:
+            order_N = self.randomness.permutation("epoch", len(self.indices), round=epoch)
+            self._order = epoch, self.indices[order_N]
+        return self._order[1]
 
     def state_dict(self) -> dict[str, Any]:
         """The order is a function of (seed, epoch): nothing to keep."""
