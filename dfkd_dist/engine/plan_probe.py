@@ -9,6 +9,7 @@ import torch
 from dfkd_dist.config import Recipe
 from dfkd_dist.engine.build import build
 from dfkd_dist.engine.plan_trace import MAIN, dry_recipe, plan_cards, trace
+from dfkd_dist.engine.teachers import teacher_costs
 from dfkd_dist.parallel.topology import make_topology
 
 BATCH = 32
@@ -30,7 +31,7 @@ def measured_rate(recipe: Recipe, device: torch.device, batch: int = BATCH) -> f
             "mesh": small.mesh.model_copy(update={"rows": None}),
         }
     )
-    flops = trace(small, cards, make_topology(1, [1.0] * len(cards)), 0).flops[MAIN]
+    flops = trace(small, cards, make_topology(1, teacher_costs(cards)), 0).flops[MAIN]
     ends: list[float] = []
 
     def after_round(done: int) -> None:

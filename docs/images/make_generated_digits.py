@@ -2,7 +2,7 @@
 
     .venv/bin/python docs/images/make_generated_digits.py [RUN]
 
-One band for each teacher: what its generator made at the left, real test digits at the right. Enlarged without smoothing.
+What each teacher's generator made at the left, real test digits at the right. Enlarged without smoothing.
 """
 
 from __future__ import annotations
@@ -11,27 +11,21 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image, write_png
 
-ROWS, CELL, EDGE, SCALE = 4, 18, 2, 3
-"""Rows of digits shown of each grid; a digit with its margin, and the outer margin, in pixels; enlargement."""
-
-
-def band(path: Path) -> Tensor:
-    """The upper rows of one grid, `[1, height, width]`."""
-    return decode_image(str(path), ImageReadMode.GRAY)[:, : ROWS * CELL + EDGE]
+BLOCK, GAP, HEIGHT, SCALE = 146, 12, 74, 3
+"""Of a grid: width of its generated part, of the white before the real part, height shown; and the enlargement."""
 
 
 def main() -> None:
-    """Stack the bands and write the picture beside this file."""
+    """Put the blocks side by side and write the picture beside this file."""
     run = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart")
-    bands = [band(path) for path in sorted((run / "grids" / "end").glob("*.png"))]
-    if not bands:
+    files = sorted((run / "grids" / "end").glob("*.png"))
+    if not files:
         sys.exit(f"{run}: no pictures in grids/end; run `make quickstart` first")
-    gap = torch.full((1, 8, bands[0].shape[2]), 255, dtype=torch.uint8)
-    parts = [part for one in bands for part in (one, gap)][:-1]
-    small = torch.cat(parts, dim=1)
+    grids = [decode_image(str(file), ImageReadMode.GRAY)[:, :HEIGHT] for file in files]
+    generated = [grid[:, :, : BLOCK + GAP] for grid in grids]
+    small = torch.cat([*generated, grids[0][:, :, -BLOCK:]], dim=2)
     large = small.repeat_interleave(SCALE, dim=1).repeat_interleave(SCALE, dim=2)
     out = Path(__file__).with_name("generated_digits.png")
     write_png(large, str(out), compression_level=9)
