@@ -96,7 +96,8 @@ def one_run(given: argparse.Namespace, method: str, seed: int, work: Path, teach
             sys.exit(f"{path}: stopped with exit code {code}; start again to go on")
     summary = json.loads((path / SUMMARY).read_text())
     kept = ("teachers", "ensemble", "highest_confidence", "student", "steps", "image_passes", "wall_seconds", "quality")
-    return {key: summary[key] for key in kept} | {"curves": curves(path / METRICS)}
+    trained_on = summary["steps"] * (recipe.batch // len(recipe.teachers)) * len(recipe.teachers)
+    return {key: summary[key] for key in kept} | {"student_images": trained_on, "curves": curves(path / METRICS)}
 
 
 def method_recipe(given: argparse.Namespace, method: str, seed: int, work: Path) -> Recipe:
@@ -129,7 +130,7 @@ def summarise(found: list[dict[str, Any]], methods: list[str]) -> list[dict[str,
     for method in methods:
         runs = [one["methods"][method] for one in found]
         row = _row(method, [one["student"]["accuracy"] for one in runs])
-        row["student images"] = runs[0]["image_passes"]["student"]
+        row["student images"] = runs[0]["student_images"]
         row["seconds"] = statistics.mean(one["wall_seconds"] for one in runs)
         for kind in ("D(T,S)", "D(T,A)"):
             last = [one["curves"][kind][-1][1] for one in runs if one["curves"].get(kind)]
