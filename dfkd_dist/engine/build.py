@@ -71,6 +71,7 @@ def build(recipe: Recipe, device: torch.device, world_size: int = 1, stop_flag: 
 
 def _set_backends(recipe: Recipe) -> None:
     torch.set_flush_denormal(True)  # denormals slow a small generator-teacher loop down several times
+    torch.backends.cudnn.benchmark = True  # shapes are the same at every step
     torch.backends.cuda.matmul.allow_tf32 = recipe.precision.tf32
     torch.backends.cudnn.allow_tf32 = recipe.precision.tf32
 

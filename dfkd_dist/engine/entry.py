@@ -47,16 +47,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         datefmt="%H:%M:%S",
     )
     recipe = load_recipe(given.recipe, given.overrides)
+    # On every rank, so that nobody waits for a rank that was refused; it only reads.
+    check_run(recipe, resume=given.resume, overwrite=given.overwrite)
     if facts.rank == 0 and given.estimate:
-        check_run(recipe, resume=given.resume, overwrite=given.overwrite)
-        try:
-            log.info("%s", estimate(recipe, facts, given.device))
-        except ValueError as error:  # the run itself will say it with the key; it looks at the real files
-            log.debug("no estimate: %s", error)
+        _tell_estimate(recipe, facts, given.device)
     code, summary = run(recipe, facts, resume=given.resume, overwrite=given.overwrite, device=given.device)
     if summary is not None and facts.rank == 0:
         print(report.summary_table(summary))
     return code
+
+
+def _tell_estimate(recipe: Recipe, facts: LaunchFacts, device: str) -> None:
+    try:
+        log.info("%s", estimate(recipe, facts, device))
+    except ValueError as error:  # the run itself will refuse it, and name the key: it looks at the real files
+        log.debug("no estimate: %s", error)
+    except (RuntimeError, NotImplementedError) as error:  # an operator that cannot be run without data
+        log.warning("no estimate of time and memory: %s", error)
 
 
 def estimate(recipe: Recipe, facts: LaunchFacts, device: str) -> str:

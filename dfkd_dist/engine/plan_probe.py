@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import torch
 
@@ -14,20 +15,22 @@ from dfkd_dist.parallel.topology import make_topology
 
 BATCH = 32
 """Images of a probe's step, at most."""
+ROUNDS = 3
+"""Rounds that are timed."""
 
 
 def measured_rate(recipe: Recipe, device: torch.device, batch: int = BATCH) -> float:
     """FLOP per second of this process on the recipe's own networks, for `engine.plan.plan`.
 
-    One main round with one step per phase is run after another for warming up, with random teachers and at most
-    `batch` images; small batches may use a device less well than the recipe's. No other rank takes part.
+    The fastest of a few main rounds with one step per phase, after one for warming up, with random teachers and at
+    most `batch` images; small batches may use a device less well than the recipe's. No other rank takes part.
     """
     cards = plan_cards(recipe)
     small = dry_recipe(recipe, cards)
     small = small.model_copy(
         update={
             "batch": max(len(cards), min(batch, recipe.batch)),
-            "rounds": small.rounds.model_copy(update={"warmup": 0}),
+            "rounds": small.rounds.model_copy(update={"warmup": 0, "main": 1 + ROUNDS}),
             "mesh": small.mesh.model_copy(update={"rows": None}),
         }
     )
@@ -42,4 +45,4 @@ def measured_rate(recipe: Recipe, device: torch.device, batch: int = BATCH) -> f
     built = build(small, device)
     built.trainer.hooks.after_round = after_round
     built.trainer.fit()
-    return sum(flops.values()) / (ends[-1] - ends[-2])
+    return sum(flops.values()) / min(end - start for start, end in pairwise(ends))

@@ -35,6 +35,7 @@ from dfkd_dist.models.cards import Card, read_about, read_card, save_network
 from dfkd_dist.models.network import ImageNetwork, Preprocess
 from dfkd_dist.models.registry import ZOO, build_network
 from dfkd_dist.models.weights import load_state
+from dfkd_dist.parallel.launch import LaunchError, launch_facts
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +69,14 @@ def train_teachers(recipe: TeachersRecipe, *, resume: bool = False, overwrite: b
     Raises:
         RunDirError: the directory holds teachers and neither flag was given, or those of another recipe.
         DatasetError, RecipeError: the data or a network does not fit the recipe; nothing was written.
+        LaunchError: it was started on several ranks.
         Unfinished: a signal stopped the training (resume goes on), or its numbers became infinite.
     """
+    ranks = launch_facts().world_size
+    if ranks > 1:
+        raise LaunchError(
+            f"teachers are trained by one process, but {ranks} were started; start `dfkd teachers train` once"
+        )
     folder = check_folder(recipe.out_dir(), RECIPE, recipe, resume=resume, overwrite=overwrite)
     images = _read(recipe.dataset, "train")
     _read(recipe.dataset, "test")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,8 @@ class Teacher(ImageNetwork):
         self.classes = list(classes) if classes is not None else None
         order = None if class_order is None else torch.tensor(class_order)
         self.register_buffer("class_order", order, persistent=False)
+        self.autocast_dtype: torch.dtype | None = None
+        """Set by `cast` for networks that cannot be converted layer by layer."""
         self.requires_grad_(False)
         self.eval()
 
@@ -55,20 +58,33 @@ class Teacher(ImageNetwork):
 
     def forward(self, images_NCHW: Tensor, need: Need = frozenset({LOGITS})) -> Signals:
         """Signals with the logits in the run's class order."""
-        signals = super().forward(images_NCHW, need)
+        with self._autocast(images_NCHW.device):
+            signals = super().forward(images_NCHW, need)
         if self.class_order is None:
             return signals
         logits_NC = signals.logits_NC[:, self.class_order]
         return Signals(logits_NC, signals.features_ND, signals.map_NDHW, signals.bn)
+
+    def _autocast(self, device: torch.device) -> AbstractContextManager[None]:
+        return nullcontext() if self.autocast_dtype is None else torch.autocast(device.type, self.autocast_dtype)
 
     def input_dtype(self, images_NCHW: Tensor) -> torch.dtype:
         """The format of the first weight: convolutions may have been cast to bf16."""
         return next(p for p in self.network.parameters() if p.dim() > 1).dtype
 
     def cast(self, dtype: torch.dtype) -> Teacher:
-        """Convolutions and linear layers to `dtype`, in place; batch norm keeps its own format for its statistics."""
-        for module in self.network.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
+        """Answer in `dtype` from now on.
+
+        Convolutions and linear layers are converted in place; batch norm keeps its own format for its statistics. A
+        network with other kinds of parameters (tokens, layer scales) keeps all of them and runs under autocast.
+        """
+        known = [m for m in self.network.modules() if isinstance(m, nn.Conv2d | nn.Linear | _BatchNorm)]
+        covered = sum(p.numel() for m in known for p in m.parameters(recurse=False))
+        if covered < sum(p.numel() for p in self.network.parameters()):
+            self.autocast_dtype = dtype
+            return self
+        for module in known:
+            if not isinstance(module, _BatchNorm):
                 module.to(dtype)
         return self
 

@@ -279,3 +279,25 @@ def test_teachers_keep_doubles_and_half_precision() -> None:
     assert half(images).logits_NC.dtype == torch.bfloat16
     assert (half(images).logits_NC.double() - doubles(images.double()).logits_NC).abs().max() < 0.3
     assert half.network.bn1.running_mean.dtype == torch.float32
+
+
+def test_a_bf16_teacher_with_loose_parameters_runs_under_autocast() -> None:
+    torch.manual_seed(0)
+    network = build_network("torchvision/convnext_tiny", num_classes=10)
+    teacher = Teacher(network, Preprocess(32, 3, [0.5] * 3, [0.25] * 3), "t")
+    images = torch.rand(2, 3, 32, 32, requires_grad=True)
+    full = teacher(images).logits_NC.detach()
+    half = teacher.cast(torch.bfloat16)(images).logits_NC
+    assert not torch.equal(half.float(), full)
+    assert torch.allclose(half.float(), full, atol=0.02 * float(full.abs().max()))
+    half.float().sum().backward()
+    assert images.grad is not None and float(images.grad.abs().sum()) > 0
+
+
+def test_a_teacher_whose_answers_depend_on_the_batch_is_refused() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten(), nn.LazyLinear(3)
+    )
+    network(torch.zeros(2, 1, 8, 8))
+    with pytest.raises(ValueError, match=r"teacher t: batch norm 1 has no stored statistics"):
+        Teacher(network, Preprocess(8, 1, [0.5], [0.25]), "t")

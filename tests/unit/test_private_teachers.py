@@ -127,3 +127,12 @@ def test_a_stopped_training_ends_with_the_code_for_it_and_can_go_on(
     assert len(json.loads((tmp_path / "made" / "teachers.json").read_text())) == 2
     assert train(tmp_path / "made", "dataset.limit=100", "gold=null", "--overwrite") == 0
     assert about(tmp_path / "made", "t0")["images"] < 100
+
+
+def test_several_ranks_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture) -> None:
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for key, value in {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(key, value)
+    assert train(tmp_path / "teachers") == EXIT_REFUSED
+    assert "one process, but 2 were started" in capsys.readouterr().err
+    assert not (tmp_path / "teachers").exists()
