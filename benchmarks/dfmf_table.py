@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import finish, table
-from dfkd_dist.config import Recipe, TeachersRecipe, load_recipe, load_teachers_recipe
+from dfkd_dist.config import Recipe, load_recipe, load_teachers_recipe
 from dfkd_dist.engine.private_teachers import GOLD, train_teachers
 from dfkd_dist.engine.report import SUMMARY
 from dfkd_dist.engine.run import run
@@ -79,14 +79,17 @@ def main() -> None:
 def one_seed(given: argparse.Namespace, seed: int, work: Path) -> dict[str, Any]:
     """Teachers, gold standard and one run of every method for a seed."""
     quick = ["epochs=1", "dataset.limit=2000"] if given.quick else []
-    teachers = load_teachers_recipe(TEACHERS[given.set], [f"seed={seed}", f"out={work}/teachers", *quick])
+    changes = [f"seed={seed}", f"split.seed={seed}", f"out={work}/teachers", *quick]
+    teachers = load_teachers_recipe(TEACHERS[given.set], changes)
+    if teachers.gold is None:
+        teachers = load_teachers_recipe(TEACHERS[given.set], [*changes, f"gold={teachers.archs[0]}"])
     made = train_teachers(teachers, resume=True)
     gold = next(one for one in made if one["name"] == GOLD)
-    methods = {method: one_run(given, method, seed, work, teachers) for method in given.methods}
+    methods = {method: one_run(given, method, seed, work) for method in given.methods}
     return {"seed": seed, "gold": gold["accuracy"], "methods": methods}
 
 
-def one_run(given: argparse.Namespace, method: str, seed: int, work: Path, teachers: TeachersRecipe) -> dict[str, Any]:
+def one_run(given: argparse.Namespace, method: str, seed: int, work: Path) -> dict[str, Any]:
     """The summary of one method, trained if need be, with its curves of disagreement."""
     recipe = method_recipe(given, method, seed, work)
     path = recipe.run_dir()
