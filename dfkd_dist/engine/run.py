@@ -146,7 +146,7 @@ class _Session:
             self.tracker.log(done, self.seconds(), metrics | self._accuracy(done))
         self.tracker.progress(done, self._images_per_second())
         if recipe.log.grids and done == recipe.rounds.warmup:
-            figures.save_grids(self.build, self.path, "warmup")
+            figures.save_grids(self.build, self.path, "warmup", real=evaluate.some_images(self.build))
         if recipe.checkpoint.every and done % recipe.checkpoint.every == 0 and done < recipe.rounds.total:
             self._save()
 
