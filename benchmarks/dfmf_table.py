@@ -1,7 +1,6 @@
 """DFMF's comparison (its Table 2) at a budget for this machine: teachers, ensemble, gold standard and every method.
 
-    python benchmarks/dfmf_table.py --set mnist_ibl3 [--seeds 0 1 2] [--json FILE] [--quick]
-    python benchmarks/dfmf_table.py --document      # rewrite the tables of docs/results.md from benchmarks/results
+    python -m benchmarks.dfmf_table --set mnist_ibl3 [--seeds 0 1 2] [--json FILE] [--quick]
 
 Resumable: a run that is finished is kept, one that was cut off goes on from its checkpoint. Every method's student sees
 the same number of images. Means and sample standard deviations (ddof = 1) over the seeds.
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import finish, table
+from benchmarks.common import finish
 from dfkd_dist.config import Recipe, load_recipe, load_teachers_recipe
 from dfkd_dist.engine.private_teachers import GOLD, train_teachers
 from dfkd_dist.engine.report import SUMMARY
@@ -43,9 +42,6 @@ PAPER = {
 }
 """Table 2, CIFAR-10, IBL (r = 3), ResNet-18: another scale of budget and network."""
 
-RESULTS = Path("benchmarks/results")
-DOCUMENT = Path("docs/results.md")
-BEGIN, END = "<!-- tables: begin -->", "<!-- tables: end -->"
 CHANCE = 10.0
 """Percent, with ten classes."""
 
@@ -61,12 +57,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--document", action="store_true", help="only rewrite docs/results.md")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    if given.document:
-        document()
-        return
     seeds = given.seeds[:1] if given.quick else given.seeds
     work = given.work / ("quick" if given.quick else "full") / given.set
     found = [one_seed(given, seed, work / f"seed{seed}") for seed in seeds]
@@ -140,6 +132,8 @@ def summarise(found: list[dict[str, Any]], methods: list[str]) -> list[dict[str,
             row[f"{kind} at the end"] = statistics.mean(last) if last else None
         row["note"] = "budget too small" if row["accuracy"] < 2 * CHANCE else ""
         rows.append(row)
+    for row in rows:
+        row["paper"] = PAPER.get(row["row"], "")
     return rows
 
 
@@ -147,33 +141,6 @@ def _row(name: str, values: list[float]) -> dict[str, Any]:
     spread = statistics.stdev(values) if len(values) > 1 else None
     return {"row": name, "accuracy": statistics.mean(values), "std": spread, "seeds": len(values)}
 
-
-def document() -> None:
-    """Put the tables of every `benchmarks/results/dfmf_*.json` into docs/results.md, between its markers."""
-    parts = []
-    for path in sorted(RESULTS.glob("dfmf_*.json")):
-        result = json.loads(path.read_text())
-        lines = ["| row | accuracy, % | student images | D(T,S) | D(T,A) | paper, Table 2 (CIFAR-10, IBL 3) |"]
-        lines.append("| --- | --- | --- | --- | --- | --- |")
-        lines += [_markdown(row) for row in result["rows"]]
-        command = f"`python benchmarks/dfmf_table.py --set {path.stem.removeprefix('dfmf_')} --json {path}`"
-        parts.append(f"### {path.stem}\n\n{command}, seeds {result['seeds']}\n\n" + "\n".join(lines) + "\n")
-    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
-    after = rest.partition(END)[2]
-    DOCUMENT.write_text(f"{before}{BEGIN}\n\n" + "\n".join(parts) + f"\n{END}{after}")
-    print(table([{"written": str(DOCUMENT), "tables": len(parts)}]))
-
-
-def _markdown(row: dict[str, Any]) -> str:
-    spread = "" if row["std"] is None else f" ± {row['std']:.2f}"
-    note = f" ({row['note']})" if row.get("note") else ""
-    gaps = ["" if row.get(f"{kind} at the end") is None else f"{row[f'{kind} at the end']:.3f}" for kind in _KINDS]
-    images = f"{row['student images']:,}" if "student images" in row else ""
-    cells = [row["row"], f"{row['accuracy']:.2f}{spread}{note}", images, *gaps, PAPER.get(row["row"], "")]
-    return f"| {' | '.join(cells)} |"
-
-
-_KINDS = ("D(T,S)", "D(T,A)")
 
 if __name__ == "__main__":
     main()

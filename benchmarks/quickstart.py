@@ -1,6 +1,6 @@
 """The quick start over its fixed seeds: is every teacher honest, and does the student beat them by enough?
 
-    python benchmarks/quickstart.py [--quick] [--json FILE]
+    python -m benchmarks.quickstart [--quick] [--json FILE]
 
 Runs the commands of `make quickstart` for seeds 0, 1 and 2. Headline: the smallest lead of the student over the better
 teacher, in points.

@@ -1,6 +1,6 @@
 """A whole DFMF round and its phases, ours on 1, 2 and 4 ranks beside a plain implementation, in one run.
 
-    python benchmarks/step.py [--quick] [--json FILE] [--device cuda]
+    python -m benchmarks.step [--quick] [--json FILE] [--device cuda]
 
 Headline: seconds of a plain round / seconds of ours (bf16) on one rank. Both make the same number of steps on the same
 number of images with the same networks. The rows for several ranks share this machine's cores, so on a small CPU they
