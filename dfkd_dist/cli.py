@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="mesh, memory and bytes of a recipe on N ranks, without running it")
     _recipe_arguments(plan)
     plan.add_argument("--ranks", type=int, default=1)
+    plan.add_argument("--time", action="store_true", help="also estimate time, by a few real steps on this machine")
     plan.add_argument("--json", type=Path, help="also write the plan to this file")
     plan.set_defaults(act=_plan)
 
@@ -95,10 +96,15 @@ def _config(given: argparse.Namespace) -> int:
 
 
 def _plan(given: argparse.Namespace) -> int:
+    import torch
+
     from dfkd_dist.config import load_recipe
     from dfkd_dist.engine.plan import plan
+    from dfkd_dist.engine.plan_probe import measured_rate
 
-    found = plan(load_recipe(given.recipe, given.overrides), given.ranks)
+    recipe = load_recipe(given.recipe, given.overrides)
+    rate = measured_rate(recipe, torch.device("cuda" if torch.cuda.is_available() else "cpu")) if given.time else None
+    found = plan(recipe, given.ranks, rate)
     print(found.table())
     if given.json is not None:
         given.json.write_text(json.dumps(found.to_json(), indent=1) + "\n")

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 EXIT_REFUSED = 2
 """The recipe, a file or a directory was refused before any work."""
+EXTRA = "dfkd-dist["
+"""Stands in the message of an ImportError that names the extra to install."""
 EXIT_FAILED = 1
 """A checkpoint could not be written or none could be read; earlier ones are untouched."""
 
@@ -84,6 +86,11 @@ def command(act: Callable[[], int]) -> int:
     try:
         return act()
     except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    except ImportError as error:
+        if EXTRA not in str(error):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return EXIT_REFUSED
     except CheckpointError as error:

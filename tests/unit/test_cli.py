@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 import dfkd_dist
 from dfkd_dist.cli import main
 from dfkd_dist.config import load_recipe, load_teachers_recipe, read_yaml
+from dfkd_dist.engine.entry import EXIT_REFUSED
 from dfkd_dist.engine.finished import open_finished
 from dfkd_dist.resources import configs_dir
 
@@ -190,3 +192,13 @@ def test_an_exported_graph_says_the_same(run: Path, capsys: Capture) -> None:
         expected = dfkd_dist.load_student(weights)(images).logits_NC
     (found,) = ReferenceEvaluator(onnx.load(graph)).run(None, {"images": images.numpy()})
     assert torch.allclose(torch.from_numpy(found), expected, atol=1e-4)
+
+
+def test_a_missing_extra_is_named_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
+    code = main(["train", "debug/dfmf.yaml", f"out={tmp_path / 'run'}", "student.arch=timm/resnet18"])
+    assert code == EXIT_REFUSED
+    assert "pip install 'dfkd-dist[timm]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
