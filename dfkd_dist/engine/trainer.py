@@ -7,6 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from dfkd_dist.engine.metrics import Meters
 from dfkd_dist.engine.student_side import StudentSide
 from dfkd_dist.losses.weighted import Losses
@@ -116,21 +119,26 @@ class Trainer:
 
     def _step(self, played: Iterable[tuple[Player, Losses]]) -> bool:
         """Differentiate every player's loss, agree with all ranks, then let every player step; whether to stop."""
-        players, terms, gradients = [], [], []
+        turns: list[tuple[Player, Losses]] = []
+        sound: list[Tensor] = []
         for player, losses in played:
-            player.backward(losses.total)
-            terms += [f"{player.name}/{term}" for term in losses.nonfinite()]
-            gradients += [] if player.finite() else [f"gradient of {player.name}"]
+            total = losses.total
+            player.backward(total)
+            sound += [total.detach().isfinite(), player.finite()]
             self.meters.add(player.name, losses)
-            players.append(player)
-        agreed = agree(self.mesh.world, stop=self.stop_flag.signal is not None, failed=bool(terms or gradients))
+            turns.append((player, losses))
+        # The flags of all players are asked for at once: a step waits for the device once, not once a player.
+        failed = not torch.stack(sound).all()
+        agreed = agree(self.mesh.world, stop=self.stop_flag.signal is not None, failed=failed)
         if agreed.failed:
-            raise NonFinite(self._who_failed(terms, gradients))
-        for player in players:
+            raise NonFinite(self._who_failed(turns))
+        for player, _ in turns:
             player.step()
         return agreed.stop
 
-    def _who_failed(self, terms: list[str], gradients: list[str]) -> str:
+    def _who_failed(self, turns: list[tuple[Player, Losses]]) -> str:
+        terms = [f"{player.name}/{term}" for player, losses in turns for term in losses.nonfinite()]
+        gradients = [f"gradient of {player.name}" for player, _ in turns if not player.finite()]
         everywhere = self.mesh.world.gather_objects((terms, gradients))
         # A loss of one rank spoils the summed gradient of many: they are named only where every loss was finite.
         what = 0 if any(part[0] for part in everywhere) else 1

@@ -59,9 +59,9 @@ class Player:
         loss.backward()  # type: ignore[no-untyped-call]
         self.group.sum_(self.gradient)
 
-    def finite(self) -> bool:
-        """Whether the gradient of the last `backward` holds no NaN and no infinity; waits for the device."""
-        return math.isfinite(float(self.gradient.sum()))  # the cheapest reduction that lets neither vanish
+    def finite(self) -> Tensor:
+        """Whether the gradient of the last `backward` holds no NaN and no infinity: a 0-d bool on the device."""
+        return self.gradient.sum().isfinite()  # the cheapest reduction that lets neither vanish
 
     def step(self) -> None:
         """One optimiser step with the gradient of the last `backward`."""
