@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run", type=Path)
     evaluate.add_argument("--data", nargs="+", metavar="key=value", default=[], help="an image set; default: the run's")
     evaluate.add_argument("--split", choices=["val", "test"], default="test")
+    evaluate.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     evaluate.set_defaults(act=_evaluate)
 
     export = commands.add_parser("export", help="the student as safetensors with its card, and as ONNX")
@@ -130,7 +131,7 @@ def _train_teachers(given: argparse.Namespace) -> int:
 def _evaluate(given: argparse.Namespace) -> int:
     from dfkd_dist.engine.finished import evaluate_run
 
-    for name, value in evaluate_run(given.run, given.data, given.split):
+    for name, value in evaluate_run(given.run, given.data, given.split, given.device):
         print(f"{name:32s} {value:7.2f}")
     return 0
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from dfkd_dist.config import DatasetSpec, Recipe, RecipeError, apply_override, load_recipe, parse
 from dfkd_dist.data.datasets import Split
 from dfkd_dist.engine import evaluate, export
 from dfkd_dist.engine.build import Build, build
 from dfkd_dist.engine.rundir import CHECKPOINTS, RECIPE, RunDirError
 from dfkd_dist.engine.state import RunState
+from dfkd_dist.parallel.launch import LaunchFacts, join
 
 
-def open_finished(run: Path) -> Build:
+def open_finished(run: Path, device: str = "cpu") -> Build:
     """A run's objects in this process, with the state of its newest whole checkpoint.
+
+    Args:
+        run: the run directory.
+        device: `auto`, `cpu` or `cuda`.
 
     Raises:
         RunDirError: not a run, or one without a checkpoint.
@@ -27,24 +30,25 @@ def open_finished(run: Path) -> Build:
     recipe: Recipe = load_recipe(run / RECIPE)
     # Whatever mesh it was trained on, here is one process.
     recipe = recipe.model_copy(update={"mesh": recipe.mesh.model_copy(update={"rows": None})})
-    built = build(recipe, torch.device("cpu"))
+    built = build(recipe, join(LaunchFacts(), timeout_s=0, device=device))
     if RunState(built, run / CHECKPOINTS).restore() is None:
         raise RunDirError(f"{run} holds no checkpoint yet")
     return built
 
 
-def evaluate_run(run: Path, data: Sequence[str], split: Split) -> Iterator[tuple[str, float]]:
+def evaluate_run(run: Path, data: Sequence[str], split: Split, device: str = "cpu") -> Iterator[tuple[str, float]]:
     """Accuracies in percent of a run's teachers, ensembles and student.
 
     Args:
         run: the run directory.
         data: `key=value` over the run's evaluation set, or a whole set where the run has none.
         split: `val` or `test`.
+        device: `auto`, `cpu` or `cuda`.
 
     Raises:
         RecipeError: no image set is known, or a key is wrong.
     """
-    built = open_finished(run)
+    built = open_finished(run, device)
     spec = built.recipe.evaluation
     tree = spec.dataset.model_dump() if spec is not None else {}
     for override in data:
