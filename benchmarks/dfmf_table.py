@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--set", choices=sorted(TEACHERS), default="mnist_ibl3")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--adv", type=float, help="another weight of the adversary, for dfmf and dfq")
     parser.add_argument("--work", type=Path, default=Path("runs/table"), help="where runs are kept")
     parser.add_argument("--quick", action="store_true", help="one seed, a few rounds: shows that it works, no numbers")
     parser.add_argument("--json", type=Path)
@@ -65,7 +66,8 @@ def main() -> None:
     rows = summarise(found, given.methods)
     dfmf = next((row["accuracy"] for row in rows if row["row"] == "dfmf"), float("nan"))
     headline = {"name": f"DFMF student on {given.set}", "value": dfmf, "unit": "%", "aim": None}
-    finish(f"dfmf_{given.set}", given, rows, headline, seeds=seeds, runs=found)
+    name = f"dfmf_{given.set}" + ("" if given.adv is None else f"_adv{given.adv:g}")
+    finish(name, given, rows, headline, seeds=seeds, adv=given.adv, runs=found)
 
 
 def one_seed(given: argparse.Namespace, seed: int, work: Path) -> dict[str, Any]:
@@ -97,7 +99,9 @@ def one_run(given: argparse.Namespace, method: str, seed: int, work: Path) -> di
 
 def method_recipe(given: argparse.Namespace, method: str, seed: int, work: Path) -> Recipe:
     """The shipped recipe with this seed's teachers."""
-    overrides = [f"seed={seed}", f"out={work}/{method}"]
+    heavier = [] if given.adv is None else [f"source.loss.adv={given.adv}"]
+    run_name = method if given.adv is None else f"{method}_adv{given.adv:g}"
+    overrides = [f"seed={seed}", f"out={work}/{run_name}", *heavier]
     overrides += [f"teachers.{k}.weights={work}/teachers/t{k}.safetensors" for k in range(2)]
     if given.quick:
         overrides += ["rounds.warmup=4", "rounds.main=4", "evaluation.dataset.limit=500", "log.every=2"]
