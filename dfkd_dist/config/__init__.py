@@ -1,6 +1,17 @@
 """The typed recipe: its schema, and reading it from YAML."""
 
 from dfkd_dist.config.base import Spec
+from dfkd_dist.config.generative import (
+    AdversarySpec,
+    AssistantSpec,
+    BNTermSpec,
+    GenerativeSpec,
+    GeneratorLossSpec,
+    GeneratorSpec,
+)
+from dfkd_dist.config.images import AugmentSpec, DatasetSpec, EvaluationSpec, LabelledSpec, SplitSpec
+from dfkd_dist.config.networks import ImageSpec, StudentSpec, TeacherSpec
+from dfkd_dist.config.objectives import ObjectiveSpec
 from dfkd_dist.config.reading import (
     RecipeError,
     apply_override,
@@ -11,32 +22,17 @@ from dfkd_dist.config.reading import (
     parse,
     read_yaml,
 )
-from dfkd_dist.config.schema import (
-    AdversarySpec,
-    AssistantSpec,
-    AugmentSpec,
-    BNTermSpec,
+from dfkd_dist.config.schema import Recipe
+from dfkd_dist.config.teachers import TeachersRecipe
+from dfkd_dist.config.training import (
     CheckpointSpec,
-    DatasetSpec,
-    EvaluationSpec,
-    GenerativeSpec,
-    GeneratorLossSpec,
-    GeneratorSpec,
-    ImageSpec,
-    LabelledSpec,
     LogSpec,
     MeshSpec,
-    ObjectiveSpec,
     OptimizerSpec,
     PrecisionSpec,
-    Recipe,
     RoundsSpec,
     ScheduleSpec,
-    SplitSpec,
-    StudentSpec,
-    TeacherSpec,
 )
-from dfkd_dist.config.teachers import TeachersRecipe
 
 __all__ = [
     "AdversarySpec",

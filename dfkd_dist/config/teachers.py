@@ -8,7 +8,8 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from dfkd_dist.config.base import Count, CountOrZero, OutDir, Positive, Spec
-from dfkd_dist.config.schema import AugmentSpec, DatasetSpec, OptimizerSpec, PrecisionSpec, ScheduleSpec, SplitSpec
+from dfkd_dist.config.images import AugmentSpec, DatasetSpec, SplitSpec
+from dfkd_dist.config.training import OptimizerSpec, PrecisionSpec, ScheduleSpec
 
 
 class TeachersRecipe(Spec):
