@@ -23,6 +23,7 @@ from dfkd_dist.config.reading import (
     read_yaml,
 )
 from dfkd_dist.config.schema import Recipe
+from dfkd_dist.config.streams import CacheSpec, ReaderSpec, SelectionSpec, StreamSpec
 from dfkd_dist.config.teachers import TeachersRecipe
 from dfkd_dist.config.training import (
     CheckpointSpec,
@@ -39,6 +40,7 @@ __all__ = [
     "AssistantSpec",
     "AugmentSpec",
     "BNTermSpec",
+    "CacheSpec",
     "CheckpointSpec",
     "DatasetSpec",
     "EvaluationSpec",
@@ -53,11 +55,14 @@ __all__ = [
     "OptimizerSpec",
     "PrecisionSpec",
     "Recipe",
+    "ReaderSpec",
     "RecipeError",
     "RoundsSpec",
     "ScheduleSpec",
+    "SelectionSpec",
     "Spec",
     "SplitSpec",
+    "StreamSpec",
     "StudentSpec",
     "TeacherSpec",
     "TeachersRecipe",

@@ -16,6 +16,7 @@ from dfkd_dist.config.generative import GenerativeSpec
 from dfkd_dist.config.images import AugmentSpec, EvaluationSpec, LabelledSpec
 from dfkd_dist.config.networks import ImageSpec, StudentSpec, TeacherSpec
 from dfkd_dist.config.objectives import ObjectiveSpec
+from dfkd_dist.config.streams import StreamSpec
 from dfkd_dist.config.training import (
     CheckpointSpec,
     LogSpec,
@@ -45,7 +46,7 @@ class Recipe(Spec):
     student: StudentSpec
     optimizer: OptimizerSpec = OptimizerSpec(lr=0.05, nesterov=True)
     schedule: ScheduleSpec = ScheduleSpec(kind="cosine")
-    source: Annotated[GenerativeSpec | LabelledSpec, Field(discriminator="kind")]
+    source: Annotated[GenerativeSpec | LabelledSpec | StreamSpec, Field(discriminator="kind")]
     objective: ObjectiveSpec = ObjectiveSpec()
     augment: AugmentSpec = AugmentSpec()
     mesh: MeshSpec = MeshSpec()
@@ -63,26 +64,40 @@ class Recipe(Spec):
         names = [t.name for t in self.teachers]
         if len(set(names)) < len(names):
             raise ValueError(f"teachers: names must differ, got {names}")
-        if isinstance(self.source, LabelledSpec):
-            self._check_labelled()
-        else:
+        if self.rounds.student_steps == "epoch" and not isinstance(self.source, StreamSpec):
+            raise ValueError(
+                f"rounds.student_steps is 'epoch', but source.kind is {self.source.kind}; allowed there: a number"
+            )
+        if isinstance(self.source, GenerativeSpec):
             self._check_data_free()
             self._check_warmup(self.source)
+        else:
+            self._check_real()
         return self
 
-    def _check_labelled(self) -> None:
-        if self.teachers:
-            raise ValueError("source.kind: labelled trains from labels; teachers must be empty")
-        if self.objective.ce == 0 or any(v for k, v in self.objective.weights().items() if k != "ce"):
-            raise ValueError("source.kind: labelled needs objective.ce > 0 and no other objective weight")
+    def _check_real(self) -> None:
         if self.rounds.warmup:
-            raise ValueError(f"rounds.warmup is {self.rounds.warmup}; a labelled source has no warm-up (allowed: 0)")
+            raise ValueError(
+                f"rounds.warmup is {self.rounds.warmup}; a {self.source.kind} source has no warm-up (allowed: 0)"
+            )
+        if isinstance(self.source, StreamSpec) and not self.teachers:
+            raise ValueError("teachers: at least one is needed by source.kind: stream")
+        if not self.teachers:
+            self._check_labelled()
+
+    def _check_labelled(self) -> None:
+        objective = self.objective
+        if objective.ce == 0 or any(v for k, v in objective.weights().items() if k != "ce"):
+            raise ValueError(
+                "source.kind: labelled without teachers trains from labels: it needs objective.ce > 0 and no other "
+                "objective weight"
+            )
 
     def _check_data_free(self) -> None:
         if not self.teachers:
             raise ValueError("teachers: at least one is needed by source.kind: generative")
         if self.objective.ce > 0:
-            raise ValueError("objective.ce needs labels (source.kind: labelled)")
+            raise ValueError("objective.ce needs labels (source.kind: labelled, or stream)")
         if self.batch < len(self.teachers):
             raise ValueError(f"batch is {self.batch}, fewer than the {len(self.teachers)} teachers")
 

@@ -54,8 +54,8 @@ class RoundsSpec(Spec):
     """Rounds with generator steps only: N_warm-up x M."""
     main: Count
     """N x M."""
-    student_steps: Count = 1
-    """M_S: student steps in a main round."""
+    student_steps: Count | Literal["epoch"] = 1
+    """M_S: student steps in a main round; `epoch` is one pass over what a stream selected in this round."""
 
     @property
     def total(self) -> int:

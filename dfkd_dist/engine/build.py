@@ -9,8 +9,18 @@ from typing import Any
 
 import torch
 
-from dfkd_dist.config import AssistantSpec, GenerativeSpec, LabelledSpec, ObjectiveSpec, Recipe, RecipeError, SplitSpec
+from dfkd_dist.config import (
+    AssistantSpec,
+    GenerativeSpec,
+    LabelledSpec,
+    ObjectiveSpec,
+    Recipe,
+    RecipeError,
+    SplitSpec,
+    StreamSpec,
+)
 from dfkd_dist.data.datasets import ImageSet, load_image_set
+from dfkd_dist.data.shards.manifest import Manifest, read_manifest
 from dfkd_dist.data.splits import party_indices
 from dfkd_dist.engine.checks import agreed, check_generator_terms, check_maps, check_student_classes
 from dfkd_dist.engine.metrics import Meters
@@ -22,10 +32,10 @@ from dfkd_dist.engine.trainer import Trainer
 from dfkd_dist.models.cards import Card
 from dfkd_dist.models.generator import Generator
 from dfkd_dist.models.network import ImageNetwork
-from dfkd_dist.models.signals import LOGITS, MAP
+from dfkd_dist.models.signals import FEATURES, LOGITS, MAP
 from dfkd_dist.models.teacher import Teacher
 from dfkd_dist.models.weights import load_weights
-from dfkd_dist.objectives.distillation import Distillation
+from dfkd_dist.objectives.registry import Context, make_objective, needed
 from dfkd_dist.parallel.batchnorm import synchronise
 from dfkd_dist.parallel.exchange import Exchange, Shapes
 from dfkd_dist.parallel.group import Group
@@ -82,6 +92,7 @@ class _Builder:
         self.dtype = torch.float64 if recipe.precision.train == "fp64" else torch.float32
         self.weights = teacher_weights(recipe)
         self.randomness = Randomness(recipe.seed)
+        self.manifest = self._manifest()
 
     def build(self, stop_flag: StopFlag) -> Build:
         recipe, rounds = self.recipe, self.recipe.rounds
@@ -89,14 +100,15 @@ class _Builder:
         teachers = [answering for _, answering in pairs]
         shapes = self._all_shapes(teachers)
         self._check_maps(shapes)
-        exchange = Exchange(self.mesh, teachers, shapes, Distillation.need(recipe.objective))
+        exchange = Exchange(self.mesh, teachers, shapes, needed(recipe.objective))
         student_card = self._student_card()
         student = self._network(student_card, "student", self.mesh.sync_world, recipe.student.pretrained)
         if recipe.student.weights is not None:
             with _named("student.weights"):
                 load_weights(student.network, recipe.student.weights)
         side = self._side(student, recipe.objective, self.weights, shapes, "student")
-        steps = rounds.main * rounds.student_steps
+        student_steps = None if rounds.student_steps == "epoch" else rounds.student_steps
+        steps = rounds.main * (student_steps or 1)
         player = make_player("student", side, recipe.optimizer, recipe.schedule, steps, self.mesh.world)
         source = self._source(pairs, shapes, exchange, student_card)
         trainer = Trainer(
@@ -106,7 +118,7 @@ class _Builder:
             self.mesh,
             warmup=rounds.warmup,
             rounds=rounds.total,
-            student_steps=rounds.student_steps,
+            student_steps=student_steps,
             meters=Meters(self.device),
             stop_flag=stop_flag,
             autocast=self.autocast(),
@@ -118,6 +130,16 @@ class _Builder:
         if self.recipe.precision.train != "bf16":
             return nullcontext
         return lambda: torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    # ------------------------------------------------------------------------------------- streams
+
+    def _manifest(self) -> Manifest | None:
+        """Of the shards that the source reads; every rank reads it."""
+        source = self.recipe.source
+        if not isinstance(source, StreamSpec):
+            return None
+        with _named("source.reader.shards"):
+            return agreed(self.mesh.world, lambda: read_manifest(source.reader.shards))
 
     # ----------------------------------------------------------------------------------- networks
 
@@ -140,10 +162,9 @@ class _Builder:
         return [known[k] for k in sorted(known)]
 
     def _shapes(self, network: ImageNetwork) -> Shapes:
-        image = self.recipe.image
-        if network.taps.map is None:
-            return {LOGITS: (self.recipe.num_classes,)}
-        return {LOGITS: (self.recipe.num_classes,), MAP: network.map_shape(image.size, image.channels)}
+        """Of every signal that the student's or an assistant's objective may want."""
+        need = needed(self.recipe.objective) | {LOGITS, FEATURES, MAP}
+        return network.shapes(self.recipe.image.size, self.recipe.image.channels, need)
 
     def _student_card(self) -> Card:
         """The student's input normalisation is the mean of the teachers', unless the recipe says otherwise."""
@@ -174,7 +195,12 @@ class _Builder:
         own = self._shapes(network)
         check_maps("objective" if name == "student" else "source.assistant.objective", objective, {name: own})
         with seeded(self.recipe.seed, "objective", name):
-            return self._placed(StudentSide(network, Distillation(objective, weights, own, shapes)))
+            return self._placed(StudentSide(network, make_objective(objective, self._context(weights, own, shapes))))
+
+    def _context(self, weights: Sequence[float], own: Shapes, shapes: Sequence[Shapes]) -> Context:
+        samples = None if self.manifest is None else len(self.manifest)  # ids run up to this
+        world = self.mesh.sync_world
+        return Context(weights, own, shapes, self.recipe.num_classes, samples, world, self.randomness)
 
     def _placed(self, module: Any) -> Any:
         module = module.to(self.device, self.dtype)
@@ -192,7 +218,14 @@ class _Builder:
         recipe = self.recipe
         if isinstance(recipe.source, LabelledSpec):
             with _named("source.dataset"):
-                return self._labelled(recipe.source, load_image_set(recipe.source.dataset, "train"))
+                images = load_image_set(recipe.source.dataset, "train")
+                return self._labelled(recipe.source, images, exchange if recipe.teachers else None)
+        if isinstance(recipe.source, StreamSpec):
+            assert self.manifest is not None
+            from dfkd_dist.engine.build_streams import Place, stream_source
+
+            place = Place(recipe, self.mesh, self.device, self.dtype, self.randomness, self.cards, self.weights)
+            return stream_source(place, recipe.source, self.manifest, exchange)
         kits = [
             self._kit(recipe.source, k, teacher, answering, shapes[k], student_card)
             for k, (teacher, answering) in zip(self.mesh.teachers, pairs, strict=True)
@@ -234,7 +267,7 @@ class _Builder:
         steps = self.recipe.rounds.main * spec.steps
         return make_player(name, side, spec.optimizer, spec.schedule, steps, self.mesh.row)
 
-    def _labelled(self, spec: LabelledSpec, images: ImageSet) -> LabelledSource:
+    def _labelled(self, spec: LabelledSpec, images: ImageSet, exchange: Exchange | None) -> LabelledSource:
         indices = torch.arange(len(images))
         if spec.split is not None and spec.party is not None:
             indices = party_shares(images, spec.split)[spec.party]
@@ -247,6 +280,7 @@ class _Builder:
             self.recipe.augment,
             self.dtype,
             self.device,
+            exchange,
         )
 
 

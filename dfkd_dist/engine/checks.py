@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar, cast
 
 from dfkd_dist.config import GenerativeSpec, ObjectiveSpec, Recipe, RecipeError
+from dfkd_dist.data.shards.manifest import Manifest
 from dfkd_dist.models.signals import MAP
 from dfkd_dist.models.taps import Taps
 from dfkd_dist.models.teacher import Teacher
@@ -104,3 +105,20 @@ def check_maps(key: str, objective: ObjectiveSpec, shapes: Mapping[str, Mapping[
                 f"{key}.{term} is {weight:g}, but {', '.join(bare)} has no convolution map to compare; "
                 f"set {key}.{term}: 0"
             )
+
+
+def check_labels(recipe: Recipe, manifest: Manifest) -> None:
+    """Refuse cross-entropy with labels on shards that have none, or others than the run's classes.
+
+    Raises:
+        RecipeError: names the key, and what the shards hold.
+    """
+    if not isinstance(recipe.objective, ObjectiveSpec) or recipe.objective.ce == 0:
+        return
+    low, high = int(manifest.labels_N.min()), int(manifest.labels_N.max())
+    if low < 0 or high >= recipe.num_classes:
+        what = "samples without a label" if low < 0 else f"labels up to {high}"
+        raise RecipeError(
+            f"objective.ce is {recipe.objective.ce:g}, but {manifest.path} holds {what}; allowed: a label from 0 to "
+            f"{recipe.num_classes - 1} for every sample (num_classes is {recipe.num_classes})"
+        )

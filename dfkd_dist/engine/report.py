@@ -61,7 +61,9 @@ def summarise(
         "quality": {name: found.as_dict() for name, found in quality.items()},
         "losses": formulas(recipe),
         "networks": {name: asdict(cost) for name, cost in network_costs(build).items()},
-        "image_passes": image_passes(recipe, trainer.source.update_steps, trainer.position.round),
+        "image_passes": image_passes(
+            recipe, trainer.source.update_steps, trainer.position.round, trainer.student.steps
+        ),
         "throughput": trainer.meters.throughput(),
         "phase_seconds": dict(trainer.meters.seconds),
         "peak_memory_bytes": build.mesh.world.gather_objects(peak_memory_bytes(build.device)),
@@ -113,7 +115,9 @@ def _sum(weights: Mapping[str, float]) -> str:
     return " + ".join(f"{weight:g}*{name}" for name, weight in weights.items() if weight > 0) or "0"
 
 
-def image_passes(recipe: Recipe, update_steps: Callable[[int], int], rounds: int) -> dict[str, int]:
+def image_passes(
+    recipe: Recipe, update_steps: Callable[[int], int], rounds: int, student_steps: int, views: int = 1
+) -> dict[str, int]:
     """Images that went forward through each kind of network in training, all of a kind and all ranks together.
 
     Counted from the algorithm, so it is the same at any world size; what is only reported or evaluated is left out.
@@ -122,15 +126,17 @@ def image_passes(recipe: Recipe, update_steps: Callable[[int], int], rounds: int
         recipe: batch sizes and steps.
         update_steps: inner steps of the source in a round (the first trains generators, the others assistants).
         rounds: rounds done.
+        student_steps: student steps done.
+        views: versions of each image that the objective compares.
     """
     source, k = recipe.source, len(recipe.teachers)
-    main = max(rounds - recipe.rounds.warmup, 0)
     if not isinstance(source, GenerativeSpec):
-        return {STUDENT: main * recipe.rounds.student_steps * recipe.batch}
+        taught = student_steps * recipe.batch * views
+        return {STUDENT: taught} | ({"teacher": k * taught} if k else {})
     inner = [update_steps(round) for round in range(rounds)]
     made = k * recipe.batch * sum(steps > 0 for steps in inner)
     mimicked = k * recipe.batch * sum(max(steps - 1, 0) for steps in inner)
-    taught = main * recipe.rounds.student_steps * k * (recipe.batch // k)
+    taught = student_steps * k * (recipe.batch // k)
     adv = {True: source.warmup_weights()["adv"], False: source.loss.adv}
     fought = sum(steps > 0 and adv[round < recipe.rounds.warmup] > 0 for round, steps in enumerate(inner))
     read = k * recipe.batch * fought

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,23 @@ from dfkd_dist.engine.build import Build
 from dfkd_dist.engine.trainer import Position
 
 SOURCE, METERS = "source", "meters"
+
+
+class _Kept(Mapping[str, Any]):
+    """The source's parts of a checkpoint, each read when it is asked for: a rank needs few of them."""
+
+    def __init__(self, found: checkpoint.Checkpoint) -> None:
+        self.found = found
+        self.names = {name.partition("/")[2]: name for name in found.files if name.startswith(f"{SOURCE}/")}
+
+    def __getitem__(self, name: str) -> Any:
+        return self.found.part(self.names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 class RunState:
@@ -67,9 +85,7 @@ class RunState:
         trainer, about = self.build.trainer, found.about
         for player in [trainer.student, *trainer.source.players]:
             player.load_state_dict(found.part(player.name))
-        own = {teacher.name for teacher in self.build.teachers}
-        kept = {name.partition("/")[2]: name for name in found.files if name.startswith(f"{SOURCE}/")}
-        trainer.source.load_state_dict({name: found.part(part) for name, part in kept.items() if name in own})
+        trainer.source.load_state_dict(_Kept(found))
         trainer.position = Position(about["round"], about["updates"], about["student"])
         trainer.meters.load_state_dicts(found.part(METERS), self.build.mesh.world)
         trainer.meters.images.update(about["images"])

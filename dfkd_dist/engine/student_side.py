@@ -9,7 +9,7 @@ from torch import nn
 from dfkd_dist.losses.weighted import Losses
 from dfkd_dist.models.network import ImageNetwork
 from dfkd_dist.models.signals import Batch, Need, Signals
-from dfkd_dist.objectives.distillation import Distillation
+from dfkd_dist.objectives.base import Objective
 
 
 class StudentSide(nn.Module):
@@ -17,14 +17,20 @@ class StudentSide(nn.Module):
 
     Args:
         network: what is distilled into.
-        objective: terms and their trainable heads; not exported.
+        objective: terms and their trainable heads (a module); not exported.
     """
 
-    def __init__(self, network: ImageNetwork, objective: Distillation) -> None:
+    objective: Objective
+
+    def __init__(self, network: ImageNetwork, objective: Objective) -> None:
         super().__init__()
         self.network, self.objective = network, objective
-        self.need: Need = Distillation.need(objective.spec)
+
+    @property
+    def need(self) -> Need:
+        """Signals that the objective wants from the teachers."""
+        return self.objective.need
 
     def forward(self, batch: Batch, answers: Sequence[Signals]) -> Losses:
         """Losses on this rank's images: local sums over the global count."""
-        return self.objective(self.network(batch.images_NCHW, self.need), answers, batch)
+        return self.objective(self.network, answers, batch)

@@ -58,7 +58,8 @@ class Trainer:
         mesh: groups.
         warmup: rounds without student steps.
         rounds: all rounds.
-        student_steps: student steps of a main round.
+        student_steps: student steps of a main round; None where the source says it (`Source.student_steps`), and the
+            student's schedule then goes by rounds.
         meters: sums of losses and times.
         stop_flag: set by a signal.
         autocast: number format of the student's pass.
@@ -72,7 +73,7 @@ class Trainer:
         mesh: Mesh,
         warmup: int,
         rounds: int,
-        student_steps: int,
+        student_steps: int | None,
         meters: Meters,
         stop_flag: StopFlag,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -86,7 +87,9 @@ class Trainer:
 
     def student_steps(self, round: int) -> int:
         """0 during warm-up."""
-        return 0 if round < self.warmup else self._main_steps
+        if round < self.warmup:
+            return 0
+        return self.source.student_steps(round) if self._main_steps is None else self._main_steps
 
     def fit(self) -> None:
         """From the present position to the last round.
@@ -99,11 +102,13 @@ class Trainer:
         while at.round < self.rounds:
             observe = self.hooks.observe(at.round)
             while at.updates < self.source.update_steps(at.round):
-                phase = self.source.update_phase(at.updates)
-                with self.meters.time(phase, self.source.update_images(at.round)):
+                phase = self.source.update_phase(at.round, at.updates)
+                with self.meters.time(phase, self.source.update_images(at.round, at.updates)):
                     stop = self._step(self.source.update(at.round, at.updates, self.side.network, observe))
                 at.updates += 1
                 self._stop_if(stop)
+            if self._main_steps is None:
+                self.student.progress = (at.round - self.warmup) / (self.rounds - self.warmup)
             while at.student < self.student_steps(at.round):
                 with self.meters.time("exchange"):
                     batch = self.source.batch(at.round, at.student)
@@ -118,7 +123,10 @@ class Trainer:
             self.hooks.after_round(at.round)
 
     def _step(self, played: Iterable[tuple[Player, Losses]]) -> bool:
-        """Differentiate every player's loss, agree with all ranks, then let every player step; whether to stop."""
+        """Differentiate every player's loss, agree with all ranks, then let every player step; whether to stop.
+
+        A step without players (a stream that is being scored) only asks whether to stop.
+        """
         turns: list[tuple[Player, Losses]] = []
         sound: list[Tensor] = []
         for player, losses in played:
@@ -128,7 +136,7 @@ class Trainer:
             self.meters.add(player.name, losses)
             turns.append((player, losses))
         # The flags of all players are asked for at once: a step waits for the device once, not once a player.
-        failed = not torch.stack(sound).all()
+        failed = bool(sound) and not torch.stack(sound).all()
         agreed = agree(self.mesh.world, stop=self.stop_flag.signal is not None, failed=failed)
         if agreed.failed:
             raise NonFinite(self._who_failed(turns))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfkd_dist.models.signals import LOGITS, Need, Signals
+from dfkd_dist.models.signals import BN, FEATURES, LOGITS, MAP, Need, Signals
 from dfkd_dist.models.taps import find_taps, listen
 
 LUMA = (0.299, 0.587, 0.114)
@@ -81,27 +81,23 @@ class ImageNetwork(nn.Module):
         inputs = self.preprocess(images_NCHW).to(self.input_dtype(images_NCHW))
         with listen(self.network, self.taps, need) as heard:
             logits_NC = self.network(inputs)
-        return Signals(logits_NC, heard.features_ND, heard.map_NDHW, heard.bn)
+        return Signals(logits_NC, heard.features_ND, heard.map_NDHW, heard.bn, heard.maps)
 
     def input_dtype(self, images_NCHW: Tensor) -> torch.dtype:
         """The number format in which the network takes its input; autocast does its own conversion."""
         return images_NCHW.dtype
 
-    def map_shape(self, size: int, channels: int) -> tuple[int, int, int]:
-        """`(D, H, W)` of the signal `map` for images of the canonical size."""
-        signals = self._probe(size, channels)
-        assert signals.map_NDHW is not None
-        depth, height, width = signals.map_NDHW.shape[1:]
-        return depth, height, width
-
-    def _probe(self, size: int, channels: int) -> Signals:
+    def shapes(self, size: int, channels: int, need: Need) -> dict[str, tuple[int, ...]]:
+        """Shapes (without N) of the per-image signals in `need` that this network has, for the canonical images."""
+        has = {FEATURES: self.taps.classifier is not None, MAP: self.taps.map is not None}
+        wanted = frozenset(name for name in need if name != BN and has.get(name, True))
         parameter = next(self.network.parameters())
         images = torch.zeros(2, channels, size, size, device=parameter.device, dtype=self.preprocess.mean.dtype)
         was_training = self.training
         with torch.no_grad():
-            signals = self.eval()(images, frozenset({LOGITS, "map"}))
+            signals = self.eval()(images, wanted)
         self.train(was_training)
-        return signals
+        return {name: tuple(signals.tensor(name).shape[1:]) for name in sorted(wanted)}
 
 
 def parameter_count(module: nn.Module) -> int:

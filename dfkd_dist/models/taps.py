@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dfkd_dist.models.signals import BN, FEATURES, MAP, LayerStatistics, Need
+from dfkd_dist.models.signals import BN, FEATURES, MAP, NAMED_MAP, LayerStatistics, Need
 
 _NOT_A_MAP = (
     nn.AdaptiveAvgPool2d,
@@ -43,6 +44,7 @@ class Heard:
     features_ND: Tensor | None = None
     map_NDHW: Tensor | None = None
     bn: list[LayerStatistics] = field(default_factory=list)
+    maps: dict[str, Tensor] = field(default_factory=dict)
 
 
 def find_taps(network: nn.Module, example_NCHW: Tensor) -> Taps:
@@ -99,7 +101,19 @@ def listen(network: nn.Module, taps: Taps, need: Need) -> Iterator[Heard]:
                 hooks.callback(
                     norm.register_forward_pre_hook(lambda m, args: heard.bn.append(_moments(m, args[0]))).remove
                 )
+        for name in sorted(n.removeprefix(NAMED_MAP) for n in need if n.startswith(NAMED_MAP)):
+            module = _named_module(network, name)
+            hooks.callback(module.register_forward_hook(lambda _, __, out, n=name: heard.maps.update({n: out})).remove)
         yield heard
+
+
+def _named_module(network: nn.Module, name: str) -> nn.Module:
+    try:
+        return network.get_submodule(name)
+    except AttributeError:
+        names = [n for n, _ in network.named_modules() if n]
+        near = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
+        raise ValueError(f"{type(network).__name__} has no module {name!r}; nearest: {', '.join(near)}") from None
 
 
 def _module(network: nn.Module, name: str | None, what: str) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -62,8 +63,7 @@ class Teacher(ImageNetwork):
             signals = super().forward(images_NCHW, need)
         if self.class_order is None:
             return signals
-        logits_NC = signals.logits_NC[:, self.class_order]
-        return Signals(logits_NC, signals.features_ND, signals.map_NDHW, signals.bn)
+        return replace(signals, logits_NC=signals.logits_NC[:, self.class_order])
 
     def _autocast(self, device: torch.device) -> AbstractContextManager[None]:
         return nullcontext() if self.autocast_dtype is None else torch.autocast(device.type, self.autocast_dtype)

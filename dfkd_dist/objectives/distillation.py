@@ -13,8 +13,14 @@ from dfkd_dist.losses import distillation, vid
 from dfkd_dist.losses.weighted import Losses, global_mean, weighted
 from dfkd_dist.models.heads import VIDHead
 from dfkd_dist.models.signals import LOGITS, MAP, Batch, Need, Signals
+from dfkd_dist.objectives.base import Student
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+def needed(spec: ObjectiveSpec) -> Need:
+    """Signals that the terms with a weight want from the teachers and from the student."""
+    return frozenset({LOGITS, MAP}) if spec.vid > 0 or spec.at > 0 else frozenset({LOGITS})
 
 
 class Distillation(nn.Module):
@@ -39,13 +45,16 @@ class Distillation(nn.Module):
         pairs = [(student_shapes[MAP][0], shapes[MAP][0]) for shapes in teacher_shapes] if spec.vid > 0 else []
         self.vid_heads = nn.ModuleList(VIDHead(own, other, vid.initial_rho()) for own, other in pairs)
 
-    @staticmethod
-    def need(spec: ObjectiveSpec) -> Need:
+    @property
+    def need(self) -> Need:
         """Signals wanted from the teachers and from the student."""
-        return frozenset({LOGITS, MAP}) if spec.vid > 0 or spec.at > 0 else frozenset({LOGITS})
+        return needed(self.spec)
 
-    def forward(self, student: Signals, answers: Sequence[Signals], batch: Batch) -> Losses:
+    views = 1
+
+    def forward(self, network: Student, answers: Sequence[Signals], batch: Batch) -> Losses:
         """Named terms: each the local sum over the global count."""
+        student = network(batch.images_NCHW, self.need)
 
         def mean(values_N: Tensor) -> Tensor:
             return global_mean(values_N, batch.count, batch.mask_N)

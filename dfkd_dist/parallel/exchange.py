@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dfkd_dist.models.signals import FEATURES, LOGITS, MAP, Batch, Need, Signals
+from dfkd_dist.models.signals import Batch, Need, Signals
 from dfkd_dist.parallel.mesh import Mesh
 from dfkd_dist.parallel.topology import Topology, share
 
@@ -83,8 +83,28 @@ class Exchange:
         self, mesh: Mesh, teachers: Sequence[Callable[[Tensor, Need], Signals]], shapes: Sequence[Shapes], need: Need
     ) -> None:
         self.mesh, self.teachers, self.need = mesh, teachers, need
-        self.shapes = [{name: s for name, s in of.items() if name in need} for of in shapes]
+        self.shapes = [{name: of[name] for name in sorted(of) if name in need} for of in shapes]
         self._orders: dict[tuple[int, torch.device], Tensor] = {}
+
+    def own(self, images_NCHW: Tensor, padded: int, count: int) -> Batch:
+        """A batch of images that each rank brings itself and trains on itself (a stream that is spread over the world).
+
+        Args:
+            images_NCHW: this rank's, at most `padded` of them, perhaps none.
+            padded: the same number on all ranks of the column; blocks are filled up with zeros to this length, and
+                teachers answer block by block, so that their numbers do not depend on the ranks.
+            count: valid images over all ranks.
+
+        Raises:
+            ValueError: more images than `padded`.
+        """
+        missing = padded - len(images_NCHW)
+        if missing < 0:
+            raise ValueError(f"{len(images_NCHW)} images do not fit in a block of {padded}")
+        block = images_NCHW
+        if missing:
+            block = torch.cat([block, block.new_zeros(missing, *block.shape[1:])])
+        return Batch(images_NCHW, count, torch.cat(self.mesh.column.gather(block)), block=padded)
 
     def gather(self, own: Sequence[Tensor], per_teacher: int) -> Batch:
         """The student's batch from what each rank made.
@@ -112,20 +132,39 @@ class Exchange:
 
     def answers(self, batch: Batch) -> list[Signals]:
         """Every teacher's signals about this rank's images, in recipe order; empty where there are no teachers."""
+        if batch.sections:
+            parts = [self.answers(section) for section in batch.sections]
+            return [Signals.joined(said) for said in zip(*parts, strict=True)]
         if batch.column_NCHW is None:
             return []
+        column_NCHW = batch.column_NCHW
         with torch.no_grad():
-            said = [teacher(batch.column_NCHW, self.need) for teacher in self.teachers]
-        if self.mesh.column.size == 1:
-            return said
-        return self._send_home(said, len(batch.column_NCHW), batch.images_NCHW.dtype)
+            said = [self._ask(teacher, column_NCHW, batch.block) for teacher in self.teachers]
+        if self.mesh.column.size > 1:
+            said = self._send_home(said, self._homes(len(column_NCHW), batch.block), batch.images_NCHW.dtype)
+        wanted = len(batch.images_NCHW)
+        return said if len(said[0].logits_NC) == wanted else [signals.part(0, wanted) for signals in said]
 
-    def _send_home(self, said: Sequence[Signals], total: int, dtype: torch.dtype) -> list[Signals]:
-        rows, mine, held = self.mesh.column.size, self.mesh.column.rank, self.mesh.topology.teachers
-        packed = [_pack(signals, self.need).to(dtype) for signals in said]
-        pieces = [torch.cat([p[row::rows].reshape(-1) for p in packed]) for row in range(rows)]
-        count = len(range(mine, total, rows))
-        lengths = [[count * self.width(k) for k in held[row]] for row in range(rows)]
+    def _ask(self, teacher: Callable[[Tensor, Need], Signals], column_NCHW: Tensor, block: int | None) -> Signals:
+        if block is None or len(column_NCHW) == block:
+            return teacher(column_NCHW, self.need)
+        return Signals.joined([teacher(part, self.need) for part in column_NCHW.split(block)])
+
+    def _homes(self, total: int, block: int | None) -> list[slice]:
+        """For each row, which of the column's images its rank trains on."""
+        rows = self.mesh.column.size
+        if block is None:
+            return [slice(row, total, rows) for row in range(rows)]
+        return [slice(row * block, (row + 1) * block) for row in range(rows)]
+
+    def _send_home(self, said: Sequence[Signals], homes: Sequence[slice], dtype: torch.dtype) -> list[Signals]:
+        mine, held = self.mesh.column.rank, self.mesh.topology.teachers
+        own = held[mine]
+        packed = [_pack(signals, self.shapes[k]).to(dtype) for k, signals in zip(own, said, strict=True)]
+        pieces = [torch.cat([p[home].reshape(-1) for p in packed]) for home in homes]
+        total = len(said[0].logits_NC)
+        count = len(range(total)[homes[mine]])
+        lengths = [[count * self.width(k) for k in held[row]] for row in range(len(homes))]
         received = self.mesh.column.all_to_all(pieces, [sum(row) for row in lengths])
         answers: dict[int, Signals] = {}
         for row, flat in enumerate(received):
@@ -139,16 +178,10 @@ class Exchange:
         return sum(math.prod(shape) for shape in self.shapes[teacher].values())
 
 
-_FIELDS = {LOGITS: "logits_NC", FEATURES: "features_ND", MAP: "map_NDHW"}
-
-
-def _pack(signals: Signals, need: Need) -> Tensor:
-    parts = [getattr(signals, attribute) for name, attribute in _FIELDS.items() if name in need]
-    return torch.cat([p.flatten(1) for p in parts], dim=1)
+def _pack(signals: Signals, shapes: Shapes) -> Tensor:
+    return torch.cat([signals.tensor(name).flatten(1) for name in shapes], dim=1)
 
 
 def _unpack(packed_NF: Tensor, shapes: Shapes) -> Signals:
-    present = [name for name in _FIELDS if name in shapes]
-    parts = packed_NF.split([math.prod(shapes[name]) for name in present], dim=1)
-    found = {_FIELDS[n]: p.unflatten(1, shapes[n]) for n, p in zip(present, parts, strict=True)}
-    return Signals(**found)
+    parts = packed_NF.split([math.prod(shape) for shape in shapes.values()], dim=1)
+    return Signals.of({name: p.unflatten(1, shape) for (name, shape), p in zip(shapes.items(), parts, strict=True)})

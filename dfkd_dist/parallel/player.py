@@ -43,6 +43,8 @@ class Player:
     ) -> None:
         self.name, self.module, self.group, self.clip = name, module, group, clip
         self.factor, self.total_steps, self.steps = factor, max(total_steps, 1), 0
+        self.progress: float | None = None
+        """Where the schedule stands, where somebody else counts (rounds of unequal length); None counts own steps."""
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters)
         self._base = [g["lr"] for g in self.optimizer.param_groups]
@@ -68,8 +70,9 @@ class Player:
         if self.clip is not None:
             norm = self.gradient.norm()
             self.gradient.mul_((self.clip / (norm + 1e-6)).clamp(max=1.0))
+        progress = self.steps / self.total_steps if self.progress is None else self.progress
         for group, base in zip(self.optimizer.param_groups, self._base, strict=True):
-            group["lr"] = base * self.factor(self.steps / self.total_steps)
+            group["lr"] = base * self.factor(progress)
         self.optimizer.step()
         self.steps += 1
 

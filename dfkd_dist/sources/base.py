@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from dfkd_dist.losses.weighted import Losses
@@ -15,8 +15,11 @@ class Side(Protocol):
     """A network that learns from teachers, with its objective: the student's side, or an assistant's."""
 
     network: ImageNetwork
-    need: Need
-    """Signals that its objective wants from the teachers."""
+
+    @property
+    def need(self) -> Need:
+        """Signals that its objective wants from the teachers."""
+        ...
 
     def __call__(self, batch: Batch, answers: Sequence[Signals]) -> Losses:
         """The losses on a batch that the teachers answered."""
@@ -35,8 +38,8 @@ class Source(Protocol):
         """Inner steps before the student's in a round; the same number on every rank."""
         ...
 
-    def update_phase(self, step: int) -> str:
-        """What inner step `step` is called in timings."""
+    def update_phase(self, round: int, step: int) -> str:
+        """What inner step `step` of a round is called in timings."""
         ...
 
     def update(self, round: int, step: int, student: ImageNetwork, observe: bool) -> Iterator[tuple[Player, Losses]]:
@@ -50,18 +53,26 @@ class Source(Protocol):
         """
         ...
 
+    def student_steps(self, round: int) -> int:
+        """Student steps of a round, where the recipe leaves them to the source (`rounds.student_steps: epoch`)."""
+        ...
+
     def batch(self, round: int, step: int) -> Batch:
         """This rank's images for student step `step` of a round."""
         ...
 
-    def update_images(self, round: int) -> int:
-        """Images that one inner step takes on all ranks together, for throughput."""
+    def update_images(self, round: int, step: int) -> int:
+        """Images that inner step `step` of a round takes on all ranks together, for throughput."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What must survive inside a round besides the players; the same on every rank of a row."""
+        """What must survive inside a round besides the players, by names of the source's own.
+
+        What belongs to a teacher has the teacher's name and is the same on every rank of its row; what belongs to all
+        is given on rank 0 alone.
+        """
         ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_dict` gave; a part is read from disk when it is asked for, so ask for own parts only."""
         ...

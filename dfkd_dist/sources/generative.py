@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -31,7 +31,7 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Kit:
-    """What belongs to one teacher: its generator and, in DFMF, its assistant.
+    """What belongs to one teacher: its generator and, in DFMF, its assistant; in MosaicKD its discriminator.
 
     `answering` is the teacher's fast copy for questions without gradient.
     """
@@ -40,6 +40,7 @@ class Kit:
     answering: Teacher
     generator: Player
     assistant: Player | None
+    discriminator: Player | None = None
 
     @property
     def side(self) -> Side:
@@ -50,7 +51,7 @@ class Kit:
     @property
     def players(self) -> list[Player]:
         """Those that train."""
-        return [self.generator] + ([self.assistant] if self.assistant is not None else [])
+        return [player for player in (self.generator, self.assistant, self.discriminator) if player is not None]
 
 
 class GenerativeSource:
@@ -100,11 +101,11 @@ class GenerativeSource:
             return 0
         return 1 + (self.spec.assistant.steps if self.spec.assistant is not None else 0)
 
-    def update_phase(self, step: int) -> str:
+    def update_phase(self, round: int, step: int) -> str:
         """`generator` or `assistant`."""
         return "generator" if step == 0 else "assistant"
 
-    def update_images(self, round: int) -> int:
+    def update_images(self, round: int, step: int) -> int:
         """B for each teacher of the run."""
         return self.size * len(self.exchange.shapes)
 
@@ -126,12 +127,20 @@ class GenerativeSource:
         signals = kit.teacher(images_NCHW, need_of(weights))
         opponent = self._opponent(kit, student) if weights["adv"] > 0 else None
         other_NC = self._read(opponent, images_NCHW) if opponent is not None else None
-        step = GeneratorStep(signals, other_NC, self.size, self.mesh.sync, self.mesh.row.size)
-        terms = generator_terms(step, self.spec.bn, self.spec.adversary)
+        scores = self._scores(kit, images_NCHW) if weights.get("patch", 0.0) > 0 else None
+        step = GeneratorStep(signals, other_NC, self.size, self.mesh.sync, self.mesh.row.size, scores)
+        terms = self._terms(step)
         report = self._disagreements(kit, student, images_NCHW, signals) if observe and not warm else {}
         if self.spec.student_images == "from_update":
             self._made[kit.teacher.name] = images_NCHW.detach()
         return weighted(terms, weights, report)
+
+    def _terms(self, step: GeneratorStep) -> dict[str, Callable[[], Tensor]]:
+        return generator_terms(step, self.spec.bn, self.spec.adversary)
+
+    def _scores(self, kit: Kit, images_NCHW: Tensor) -> Tensor:
+        """A discriminator's scores of the images, where the source has one."""
+        raise NotImplementedError("only MosaicKD's source has discriminators")
 
     def _opponent(self, kit: Kit, student: ImageNetwork) -> ImageNetwork:
         if self.spec.adversary.against == "student":
@@ -177,6 +186,10 @@ class GenerativeSource:
         else:
             images = [self._student_images(kit, "student", own, round, step) for kit in self.kits]
         return self.exchange.gather(images, each)
+
+    def student_steps(self, round: int) -> int:
+        """Never asked for: the recipe says how many (images are made without end)."""
+        raise NotImplementedError("rounds.student_steps must be a number for a generative source")
 
     def _student_images(self, kit: Kit, purpose: str, own: Tensor, round: int, step: int) -> Tensor:
         """Augmented images that carry no gradient; the generator is only read, with its batch statistics."""
@@ -234,9 +247,12 @@ class GenerativeSource:
             dtype=self.dtype,
         )
 
-    def sample(self, kit: Kit, count: int) -> Tensor:
-        """`count` images of one generator for looking at or for measuring: unaugmented, the same at every call."""
-        own = torch.arange(count, device=self.device)
+    def sample(self, kit: Kit, count: int, first: int = 0) -> Tensor:
+        """`count` images of one generator for looking at or for measuring: unaugmented, the same at every call.
+
+        They are numbers `first` and on of an endless row of latents; batch norm sees the `count` together.
+        """
+        own = torch.arange(first, first + count, device=self.device)
         latents_NZ = self.randomness.normal(
             "latent/sample", own, (self.spec.generator.latent,), owner=kit.teacher.name, dtype=self.dtype
         )
@@ -249,7 +265,7 @@ class GenerativeSource:
         """Images kept between a generator step and the student's (`from_update`), whole, so any ranks can resume."""
         return {name: self._whole(part).cpu() for name, part in self._made.items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take this rank's slice of the images kept."""
-        own = self._own(self.size).cpu()
-        self._made = {name: whole[own].to(self.device) for name, whole in state.items()}
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take this rank's slice of the images kept for its teachers."""
+        own, mine = self._own(self.size).cpu(), [kit.teacher.name for kit in self.kits]
+        self._made = {name: state[name][own].to(self.device) for name in mine if name in state}

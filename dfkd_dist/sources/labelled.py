@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from dfkd_dist.data.datasets import ImageSet, to_image_space
 from dfkd_dist.losses.weighted import Losses
 from dfkd_dist.models.network import ImageNetwork
 from dfkd_dist.models.signals import Batch
+from dfkd_dist.parallel.exchange import Exchange
 from dfkd_dist.parallel.group import Group
 from dfkd_dist.parallel.player import Player
 from dfkd_dist.parallel.randomness import Randomness
@@ -34,6 +36,7 @@ class LabelledSource:
         augment_spec: per-sample augmentation.
         dtype: of the images.
         device: where they go.
+        exchange: has the teachers answer, where there are any (distillation on the original data).
 
     Raises:
         ValueError: fewer images than one batch.
@@ -51,11 +54,13 @@ class LabelledSource:
         augment_spec: AugmentSpec,
         dtype: torch.dtype,
         device: torch.device,
+        exchange: Exchange | None = None,
     ) -> None:
         if len(indices) < batch:
             raise ValueError(f"batch is {batch}, but the training share has only {len(indices)} images")
         self.images, self.indices, self.size, self.world = images, indices, batch, world
         self.randomness, self.augment_spec, self.dtype, self.device = randomness, augment_spec, dtype, device
+        self.exchange = exchange
         self.per_epoch = len(indices) // batch
         self._order: tuple[int, Tensor] = (-1, indices)
 
@@ -63,11 +68,11 @@ class LabelledSource:
         """Nothing is made."""
         return 0
 
-    def update_phase(self, step: int) -> str:
+    def update_phase(self, round: int, step: int) -> str:
         """Never asked for."""
         raise NotImplementedError("a labelled source has no inner steps")
 
-    def update_images(self, round: int) -> int:
+    def update_images(self, round: int, step: int) -> int:
         """None are made."""
         return 0
 
@@ -81,12 +86,16 @@ class LabelledSource:
         low, high = bounds(self.size, self.world.size, self.world.rank)
         chosen = self._shuffled(epoch)[g * self.size + low : g * self.size + high]
         images_NCHW = to_image_space(self.images.images(chosen).to(self.device), self.dtype)
+        slots = torch.arange(low, high, device=self.device)
         wanted = num_uniforms(self.augment_spec)
         if wanted:
-            slots = torch.arange(low, high, device=self.device)
             uniforms_NP = self.randomness.uniform("augment/labelled", slots, (wanted,), round=round, dtype=self.dtype)
             images_NCHW = augment(images_NCHW, uniforms_NP, self.augment_spec)
-        return Batch(images_NCHW, self.size, labels_N=self.images.labels_N[chosen].to(self.device))
+        batch = Batch(images_NCHW, self.size)
+        if self.exchange is not None:
+            batch = self.exchange.own(images_NCHW, -(-self.size // self.world.size), self.size)
+        labels_N, ids_N = self.images.labels_N[chosen].to(self.device), chosen.to(self.device)
+        return replace(batch, labels_N=labels_N, ids_N=ids_N, slots_N=slots, at=(round, step))
 
     def _shuffled(self, epoch: int) -> Tensor:
         """The share's positions in the order of an epoch; the last epoch's is kept."""
@@ -95,9 +104,13 @@ class LabelledSource:
             self._order = epoch, self.indices[order_N]
         return self._order[1]
 
+    def student_steps(self, round: int) -> int:
+        """One: a round is a step."""
+        return 1
+
     def state_dict(self) -> dict[str, Any]:
         """The order is a function of (seed, epoch): nothing to keep."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Nothing to put back."""

@@ -241,14 +241,16 @@ def test_all_errors_come_at_once() -> None:
 def test_a_wrong_source_kind_is_named_with_the_nearest_and_all() -> None:
     said = refusal(recipe("source.kind=generativ"))
     assert said.splitlines()[1:] == [
-        "  source.kind: unknown kind (given: 'generativ'); did you mean 'generative'?; allowed: generative, labelled"
+        "  source.kind: unknown kind (given: 'generativ'); did you mean 'generative'?; allowed: generative, labelled, stream"
     ]
 
 
 def test_a_source_without_kind_says_what_is_allowed() -> None:
     tree = recipe()
     del tree["source"]["kind"]
-    assert refusal(tree).splitlines()[1:] == ["  source.kind: required, but not given; allowed: generative, labelled"]
+    assert refusal(tree).splitlines()[1:] == [
+        "  source.kind: required, but not given; allowed: generative, labelled, stream"
+    ]
 
 
 @pytest.mark.parametrize("source", ["generative", 3, None, []])
@@ -301,7 +303,7 @@ def test_paths_into_the_source_are_those_of_the_file() -> None:
         (["student.pretrained=true", "student.weights=a.pt"], "weights is 'a.pt' and pretrained is true"),
         (["teachers.1.name=a"], "teachers: names must differ, got ['a', 'a']"),
         (["teachers=[]"], "teachers: at least one is needed by source.kind: generative"),
-        (["objective.ce=1"], "objective.ce needs labels (source.kind: labelled)"),
+        (["objective.ce=1"], "objective.ce needs labels (source.kind: labelled, or stream)"),
         (["batch=1"], "batch is 1, fewer than the 2 teachers"),
         (
             ["evaluation.dataset={kind: npz, size: 16, channels: 1}"],
@@ -320,7 +322,7 @@ def test_an_impossible_combination_is_refused(overrides: list[str], said: str) -
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["teachers=[{name: a, weights: random}]"], "source.kind: labelled trains from labels; teachers must be empty"),
+        (["rounds.student_steps=epoch"], "rounds.student_steps is 'epoch', but source.kind is labelled"),
         (["objective.ce=0", "objective.kl=1"], "needs objective.ce > 0 and no other objective weight"),
         (["objective.vid=1"], "needs objective.ce > 0 and no other objective weight"),
         (["rounds.warmup=1"], "a labelled source has no warm-up (allowed: 0)"),

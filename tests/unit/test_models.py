@@ -54,7 +54,7 @@ def test_taps_hear_what_the_network_computes(arch: str) -> None:
     classifier = network.network.get_submodule(network.taps.classifier or "")
     assert isinstance(classifier, nn.Linear) and signals.features_ND is not None and signals.map_NDHW is not None
     assert torch.equal(classifier(signals.features_ND), signals.logits_NC)
-    assert signals.map_NDHW.dim() == 4 and tuple(signals.map_NDHW.shape[1:]) == network.map_shape(_size(arch), 3)
+    assert signals.map_NDHW.dim() == 4 and tuple(signals.map_NDHW.shape[1:]) == network.shapes(_size(arch), 3, frozenset({MAP}))[MAP]
     norms = {m for m in network.modules() if isinstance(m, nn.BatchNorm2d)}
     assert len(signals.bn) == len(norms)
     assert [len(s.mean_C) for s in signals.bn] == [

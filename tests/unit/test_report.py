@@ -129,7 +129,7 @@ COUNTED = [
 @pytest.mark.parametrize("tree", COUNTED, ids=["dfmf", "dfmf_3", "dfq", "zskt", "dafl", "student_first"])
 def test_image_passes_are_those_that_happen(tree: dict[str, Any]) -> None:
     one = build(parse(Recipe, tree), CPU)
-    seen = dict.fromkeys(report.image_passes(one.recipe, one.source.update_steps, 0), 0)
+    seen = dict.fromkeys(report.image_passes(one.recipe, one.source.update_steps, 0, 0), 0)
 
     def count(kind: str) -> Any:
         return lambda _, args: seen.__setitem__(kind, seen[kind] + len(args[0]))
@@ -142,13 +142,15 @@ def test_image_passes_are_those_that_happen(tree: dict[str, Any]) -> None:
         if kit.assistant is not None:
             kit.side.network.register_forward_pre_hook(count("assistant"))
     one.trainer.fit()
-    assert seen == report.image_passes(one.recipe, one.source.update_steps, one.trainer.position.round)
+    assert seen == report.image_passes(
+        one.recipe, one.source.update_steps, one.trainer.position.round, one.trainer.student.steps
+    )
 
 
 def test_passes_of_a_labelled_run() -> None:
     tree = base([], objective={"kl": 0.0, "ce": 1.0}, rounds={"warmup": 0, "main": 7})
     tree["source"] = {"kind": "labelled", "dataset": {"kind": "digits", "size": 8, "channels": 3}}
-    assert report.image_passes(parse(Recipe, tree), lambda round: 0, 7) == {"student": 77}
+    assert report.image_passes(parse(Recipe, tree), lambda round: 0, 7, 7) == {"student": 77}
 
 
 # --------------------------------------------------------------------------------------------- cost

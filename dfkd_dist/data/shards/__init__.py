@@ -1,0 +1,1 @@
+"""Sets of WebDataset shards: written, described by a manifest, verified."""
