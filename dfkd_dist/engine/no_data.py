@@ -57,6 +57,8 @@ class _NoData(TorchDispatchMode):
         if func is _aten.upsample_nearest2d.default and first.numel() == 0:
             # torch's own rule for tensors without data trips over a batch of no images; its kernels do not.
             return first.new_empty(*first.shape[:2], *args[1])
+        if func is _aten.index.Tensor and _is_mask(args[1]):
+            return first  # every image is valid
         if torch.Tag.pointwise in func.tags and func._schema.name.endswith("_"):
             return first  # in place: nothing to do
         return self._remembering(func, args, kwargs)
@@ -77,6 +79,10 @@ class _NoData(TorchDispatchMode):
             return func(*args, **kwargs)
         made = [None if shape is None else _empty(shape) for shape in known[1]]
         return known[0](made) if known[0] is not None else made[0]
+
+
+def _is_mask(indices: Any) -> bool:
+    return len(indices) == 1 and indices[0] is not None and indices[0].dtype == torch.bool
 
 
 def _empty(shape: Shape) -> Tensor:

@@ -1,7 +1,7 @@
 """What a recipe costs on so many ranks, before any of them exists: mesh, parameters, FLOPs, memory, traffic.
 
-Ranks that do the same work are one *role*; one rank of each role is run without data (`engine.plan_trace`), and its
-traffic is worked out by arithmetic (`engine.plan_traffic`). Nothing is allocated, so a thousand ranks take seconds.
+Ranks that do the same work are one *role*; one rank of each role is run without data (`engine.plan_trace`). Nothing is
+allocated, so a thousand ranks take seconds.
 """
 
 from __future__ import annotations
@@ -10,28 +10,25 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dfkd_dist.config import GenerativeSpec, Recipe
-from dfkd_dist.engine.build import Build
+from dfkd_dist.config import GenerativeSpec, MosaicSpec, Recipe, StreamSpec
+from dfkd_dist.data.shards.manifest import read_manifest
 from dfkd_dist.engine.no_data import without_data
 from dfkd_dist.engine.plan_trace import (
     MAIN,
     WARM_UP,
     Memory,
     Trace,
+    Traffic,
     dry_build,
     dry_recipe,
     plan_cards,
     signal_shapes,
     trace,
 )
-from dfkd_dist.engine.plan_traffic import TeacherWidths, Traffic, TrafficPlan, Widths
 from dfkd_dist.engine.teachers import teacher_costs
 from dfkd_dist.models.cards import Card
-from dfkd_dist.parallel.batchnorm import GroupBatchNorm
 from dfkd_dist.parallel.exchange import Deal, Shapes
-from dfkd_dist.parallel.player import Player
 from dfkd_dist.parallel.topology import Topology, make_topology, share
-from dfkd_dist.sources.generative import GenerativeSource, Kit
 
 NOTES = (
     "A main round is one after the first. Rounds that are observed, evaluated or saved cost more.",
@@ -156,7 +153,7 @@ class _Planner:
         self.dry = dry_recipe(recipe, self.cards)
         self.kinds = ([WARM_UP] if recipe.rounds.warmup else []) + [MAIN]
         self._traces: dict[Any, Trace] = {}
-        self.shapes, self.traffic = self._facts()
+        self.shapes = self._all_shapes()
 
     def plan(self, rate: float | None) -> Plan:
         topology, names = self.topology, [t.name for t in self.recipe.teachers]
@@ -174,15 +171,12 @@ class _Planner:
             [*NOTES, *self._warnings(roles)],
         )
 
-    def _facts(self) -> tuple[list[Shapes], TrafficPlan]:
-        """Signal shapes and widths of every network of the run, from one imagined rank that holds them all."""
+    def _all_shapes(self) -> list[Shapes]:
+        """Signal shapes of every teacher of the run, from one imagined rank that holds them all."""
         alone = Topology(1, 1, (tuple(range(len(self.cards))),))
         dry = self.dry.model_copy(update={"mesh": self.dry.mesh.model_copy(update={"rows": None})})
         with without_data():
-            build = dry_build(dry, self.cards, alone, 0)
-            shapes = signal_shapes(dry, self.cards, build)
-            teachers, student = widths_of(build)
-        return shapes, TrafficPlan(self.recipe, self.topology, teachers, student)
+            return signal_shapes(dry, self.cards, dry_build(dry, self.cards, alone, 0))
 
     def _same_work(self) -> list[list[int]]:
         """Ranks, by role."""
@@ -193,18 +187,19 @@ class _Planner:
 
     def _work(self, rank: int) -> tuple[Any, ...]:
         """What sets the sizes of a rank's tensors, besides its row's networks."""
-        topology, batch = self.topology, self.recipe.batch
-        if not self.cards:
+        topology, batch, source = self.topology, self.recipe.batch, self.recipe.source
+        if not isinstance(source, GenerativeSpec):
             return (share(batch, topology.world_size, rank),)
         column = topology.column_of(rank)
         deal = Deal(topology, column, batch // len(self.cards))
         held = topology.teachers[topology.row_of(rank)]
         made = tuple(deal.made(k) for k in held)
-        dealt = deal.dealt(topology.row_of(rank))
-        return share(batch, topology.columns, column), made, dealt, deal.total, deal.padded
+        beside = share(source.ood_batch, topology.world_size, rank) if isinstance(source, MosaicSpec) else 0
+        taken = deal.dealt(topology.row_of(rank)) + beside
+        return share(batch, topology.columns, column), made, taken, beside, deal.total, deal.padded
 
     def _role(self, ranks: Sequence[int]) -> Role:
-        rank, work = ranks[0], self._work(ranks[0])
+        rank, work, made = ranks[0], self._work(ranks[0]), isinstance(self.recipe.source, GenerativeSpec)
         row = self.topology.row_of(rank)
         held = self.topology.teachers[row]
         kind = tuple(_build_of(self.cards[k]) for k in held)
@@ -215,20 +210,25 @@ class _Planner:
             tuple(ranks),
             row,
             [self.recipe.teachers[k].name for k in held],
-            work[0] if held else 0,
-            work[2] if held else work[0],
+            work[0] if made else 0,
+            work[2] if made else work[0],
             found.networks,
             {kind: self._per_round(found.flops.get(kind, {})) for kind in self.kinds},
             found.memory,
-            {kind: self.traffic.round(rank, kind == WARM_UP) for kind in self.kinds},
+            {kind: [t.times(self._steps(t.phase)) for t in found.traffic[kind]] for kind in self.kinds},
         )
 
     def _per_round(self, flops: dict[str, int]) -> dict[str, int]:
-        """The dry run makes one step of each phase."""
-        source, student = self.recipe.source, self.recipe.rounds.student_steps
-        assistant = source.assistant.steps if isinstance(source, GenerativeSpec) and source.assistant else 1
-        steps = {"generator": 1, "assistant": assistant, "exchange": student, "student": student}
-        return {phase: count * steps[phase] for phase, count in flops.items()}
+        return {phase: count * self._steps(phase) for phase, count in flops.items()}
+
+    def _steps(self, phase: str) -> int:
+        """Of a phase in a round; the dry run makes one."""
+        source = self.recipe.source
+        if phase in ("exchange", "student"):
+            return steps_of_an_epoch(self.recipe) or self.recipe.rounds.student_steps  # type: ignore[return-value]
+        if phase == "assistant" and isinstance(source, GenerativeSpec) and source.assistant is not None:
+            return source.assistant.steps
+        return 1
 
     def _warnings(self, roles: Sequence[Role]) -> list[str]:
         found = []
@@ -247,19 +247,18 @@ def _build_of(card: Card) -> tuple[Any, ...]:
     return card.arch, card.num_classes, card.size, card.channels, card.classes is None
 
 
-def widths_of(build: Build) -> tuple[list[TeacherWidths], Widths]:
-    """What the arithmetic of traffic needs of the teachers (and what belongs to them) and of the student."""
-    kits = build.source.kits if isinstance(build.source, GenerativeSource) else []
-    teachers = [_teacher_widths(kit, build.trainer.exchange.width(k)) for k, kit in enumerate(kits)]
-    return teachers, _widths(build.trainer.student)
+def steps_of_an_epoch(recipe: Recipe) -> int | None:
+    """Student steps of a round that is one pass over a stream, as its manifest has it; None for a fixed number.
 
+    A selection whose size is not in the recipe counts as the whole stream.
 
-def _teacher_widths(kit: Kit, answer: int) -> TeacherWidths:
-    norms = [kit.teacher.network.get_submodule(name) for name in kit.teacher.taps.batch_norms]
-    assistant = _widths(kit.assistant) if kit.assistant is not None else None
-    return TeacherWidths(tuple(int(n.num_features) for n in norms), answer, _widths(kit.generator), assistant)  # type: ignore[arg-type]
-
-
-def _widths(player: Player) -> Widths:
-    norms = [m.num_features for m in player.module.modules() if isinstance(m, GroupBatchNorm)]
-    return Widths(sum(p.numel() for p in player.parameters), tuple(norms))
+    Raises:
+        DatasetError: the shards' manifest cannot be read.
+    """
+    if recipe.rounds.student_steps != "epoch" or not isinstance(recipe.source, StreamSpec):
+        return None
+    samples = int(len(read_manifest(recipe.source.reader.shards)) * recipe.source.reader.fraction)
+    selection = recipe.source.selection
+    if selection is not None and selection.count is not None:
+        samples = min(samples, selection.count)
+    return max(1, samples // recipe.batch)

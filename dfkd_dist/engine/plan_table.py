@@ -65,9 +65,9 @@ def _flops(role: Role) -> str:
 def _traffic(role: Role) -> list[str]:
     blocks = []
     for kind, sent in role.traffic.items():
-        rows = [(f"{kind} round sends", "what", "collective", "among", "calls", "bytes")]
-        rows += [(t.phase, t.what, t.kind, f"{t.group} of {t.members}", f"{t.calls:,}", f"{t.bytes:,}") for t in sent]
-        rows.append(("total", "", "", "", f"{sum(t.calls for t in sent):,}", f"{role.total_bytes(kind):,}"))
+        rows = [(f"{kind} round sends", "collective", "among", "calls", "bytes")]
+        rows += [(t.phase, t.kind, f"{t.group} of {t.members}", f"{t.calls:,}", f"{t.bytes:,}") for t in sent]
+        rows.append(("total", "", "", f"{sum(t.calls for t in sent):,}", f"{role.total_bytes(kind):,}"))
         blocks.append(_columns(rows))
     return blocks
 
@@ -75,7 +75,7 @@ def _traffic(role: Role) -> list[str]:
 def _columns(rows: Sequence[Row]) -> str:
     """Names to the left, figures (the columns after the texts) to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    texts = 4 if len(widths) == 6 else 1
+    texts = 3 if len(widths) == 5 else 1
     lines = []
     for row in rows:
         cells = [c.ljust(w) if i < texts else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,23 +25,28 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from dfkd_dist.config import GenerativeSpec, LabelledSpec, Recipe
+from dfkd_dist.config import AugmentSpec, DatasetSpec, GenerativeSpec, LabelledSpec, MosaicSpec, Recipe, StreamSpec
 from dfkd_dist.data.datasets import ImageSet
+from dfkd_dist.data.stream.batch import RawBatch
 from dfkd_dist.engine.build import Build, _Builder
+from dfkd_dist.engine.build_mosaic import RealImages
 from dfkd_dist.engine.live_memory import LiveBytes, storage_bytes
 from dfkd_dist.engine.metrics import Meters
 from dfkd_dist.engine.no_data import META, without_data
 from dfkd_dist.engine.teachers import RANDOM, teacher_cards
 from dfkd_dist.models.cards import Card, read_card
 from dfkd_dist.models.network import parameter_count
-from dfkd_dist.parallel.dry import dry_mesh
+from dfkd_dist.parallel.dry import Record, Sent, dry_mesh
 from dfkd_dist.parallel.exchange import Exchange, Shapes
+from dfkd_dist.parallel.group import Group
 from dfkd_dist.parallel.interceptor import Count
 from dfkd_dist.parallel.player import Player
 from dfkd_dist.parallel.stopping import StopFlag
-from dfkd_dist.parallel.topology import Topology
+from dfkd_dist.parallel.topology import Topology, bounds
 from dfkd_dist.sources.base import Source
 from dfkd_dist.sources.generative import GenerativeSource
+from dfkd_dist.sources.stream import StreamReader, StreamSource
+from dfkd_dist.sources.views import make_views
 
 WARM_UP, MAIN = "warm-up", "main"
 """Kinds of rounds."""
@@ -72,6 +77,42 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Traffic:
+    """What one rank hands to collectives of one kind among one group, in one phase of a round.
+
+    Payload is counted as `parallel.interceptor` counts it. Outside a round, and therefore not here: Python objects
+    gathered while a run is built, logged, evaluated or saved, and the extra passes of a round that is observed.
+
+    Args:
+        phase: as the trainer's meters call it.
+        kind: the collective's name in torch.distributed.
+        group: `row`, `column` or `world`.
+        members: ranks in that group.
+        calls: how many.
+        bytes: of all calls together.
+    """
+
+    phase: str
+    kind: str
+    group: str
+    members: int
+    calls: int
+    bytes: int
+
+    def times(self, steps: int) -> Traffic:
+        """The same for a phase of so many steps."""
+        return replace(self, calls=self.calls * steps, bytes=self.bytes * steps)
+
+
+def by_collective(sent: Sequence[Traffic]) -> dict[str, Count]:
+    """Calls and bytes of each collective, as the interceptor counts them."""
+    found: dict[str, Count] = {}
+    for t in sent:
+        found[t.kind] = found.get(t.kind, Count()) + Count(t.calls, t.bytes)
+    return found
+
+
+@dataclass(frozen=True)
 class Trace:
     """What a dry run of one rank found.
 
@@ -79,13 +120,13 @@ class Trace:
         memory: at the peak.
         flops: round kind to phase to floating-point operations (a multiply-add is two) of *one* step of the phase, for
             matrix products and convolutions, forward and backward.
-        collectives: round kind to collective to what was handed to it, with one step per phase.
+        traffic: round kind to what was handed to collectives, with one step per phase.
         networks: every network held, with its parameters.
     """
 
     memory: Memory
     flops: dict[str, dict[str, int]]
-    collectives: dict[str, dict[str, Count]]
+    traffic: dict[str, list[Traffic]]
     networks: dict[str, int]
 
 
@@ -109,9 +150,7 @@ def dry_recipe(recipe: Recipe, cards: Sequence[Card]) -> Recipe:
         t.model_copy(update={"weights": RANDOM} | {key: getattr(card, key) for key in given})
         for t, card in zip(recipe.teachers, cards, strict=True)
     ]
-    rounds = recipe.rounds.model_copy(
-        update={"warmup": min(recipe.rounds.warmup, 1), "main": 2, "student_steps": min(recipe.rounds.student_steps, 1)}
-    )
+    rounds = recipe.rounds.model_copy(update={"warmup": min(recipe.rounds.warmup, 1), "main": 2, "student_steps": 1})
     source = recipe.source
     if isinstance(source, GenerativeSpec) and source.assistant is not None:
         assistant = source.assistant.model_copy(update={"steps": 1, "pretrained": False})
@@ -126,7 +165,7 @@ def dry_build(
     topology: Topology,
     rank: int,
     shapes: Sequence[Shapes] = (),
-    record: Callable[[str, int], None] = lambda name, size: None,
+    record: Record = lambda sent: None,
 ) -> Build:
     """The recipe's objects on one rank, without data; call it inside `without_data`.
 
@@ -151,17 +190,16 @@ def signal_shapes(recipe: Recipe, cards: Sequence[Card], build: Build) -> list[S
 
 def trace(recipe: Recipe, cards: Sequence[Card], topology: Topology, rank: int, shapes: Sequence[Shapes] = ()) -> Trace:
     """Run the rounds of a `dry_recipe` as one rank (arguments as `dry_build`)."""
-    live, flops, ledger = LiveBytes(), _Flops(), _Ledger()
+    live, flops = LiveBytes(), _Flops()
+    meters = _DryMeters(live, flops)
     with without_data():
-        build = dry_build(recipe, cards, topology, rank, shapes, ledger.record)
-        meters = _DryMeters(live, flops)
+        build = dry_build(recipe, cards, topology, rank, shapes, meters.record)
         build.trainer.meters = meters
-        ledger.counts.clear()
+        meters.sent.clear()
 
         def after_round(done: int) -> None:
             kind = WARM_UP if done <= recipe.rounds.warmup else MAIN
             meters.end_round(kind)
-            ledger.end_round(kind)
 
         build.trainer.hooks.after_round = after_round
         with live, flops:
@@ -172,7 +210,7 @@ def trace(recipe: Recipe, cards: Sequence[Card], topology: Topology, rank: int, 
         state = storage_bytes(*[player.optimizer for player in players_of(build)])
         peak = max(p for phases in meters.peaks.values() for p in phases.values())
         memory = Memory(weights, gradients, state, peak - weights - gradients - state, meters.peaks)
-        return Trace(memory, meters.flops, ledger.rounds, networks_of(build))
+        return Trace(memory, meters.flops, meters.traffic, networks_of(build))
 
 
 def players_of(build: Build) -> list[Player]:
@@ -202,21 +240,29 @@ def networks_of(build: Build) -> dict[str, int]:
 
 
 class _DryMeters(Meters):
-    """Peak memory and FLOPs of every phase instead of its seconds."""
+    """Peak memory, FLOPs and traffic of every phase instead of its seconds."""
 
     def __init__(self, live: LiveBytes, flops: _Flops) -> None:
         super().__init__(META)
         self._live, self._flops = live, flops
         self.peaks: dict[str, dict[str, int]] = {}
         self.flops: dict[str, dict[str, int]] = {}
+        self.traffic: dict[str, list[Traffic]] = {}
+        self.sent: dict[tuple[str, Sent], int] = defaultdict(int)
         self._now: tuple[dict[str, int], dict[str, int]] = ({}, {})
+        self._phase = ""
+
+    def record(self, sent: Sent) -> None:
+        """A dry group was told to send."""
+        self.sent[self._phase, sent] += 1
 
     @contextmanager
     def time(self, phase: str, images: int = 0) -> Iterator[None]:
         """Measure what is inside."""
-        before = self._flops.total
+        before, outer, self._phase = self._flops.total, self._phase, phase
         self._live.reset_peak()
         yield
+        self._phase = outer
         peaks, flops = self._now
         peaks[phase] = max(peaks.get(phase, 0), self._live.peak)
         flops[phase] = flops.get(phase, 0) + self._flops.total - before
@@ -227,6 +273,15 @@ class _DryMeters(Meters):
         old = self.peaks.setdefault(kind, {})
         old.update({phase: max(peak, old.get(phase, 0)) for phase, peak in peaks.items()})
         self._now = ({}, {})
+        self.traffic[kind] = self._traffic()
+        self.sent.clear()
+
+    def _traffic(self) -> list[Traffic]:
+        """Calls of unequal sizes among the same ranks are one entry."""
+        counts: dict[tuple[str, str, str, int], Count] = defaultdict(Count)
+        for (phase, sent), calls in self.sent.items():
+            counts[phase, sent.kind, sent.group, sent.members] += Count(calls, calls * sent.bytes)
+        return [Traffic(*where, count.calls, count.bytes) for where, count in counts.items()]
 
 
 class _Flops(TorchDispatchMode):
@@ -242,21 +297,6 @@ class _Flops(TorchDispatchMode):
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=out)
         return out
-
-
-@dataclass
-class _Ledger:
-    """What the dry groups were told to send."""
-
-    counts: dict[str, Count] = field(default_factory=lambda: defaultdict(Count))
-    rounds: dict[str, dict[str, Count]] = field(default_factory=dict)
-
-    def record(self, name: str, size: int) -> None:
-        self.counts[name] += Count(1, size)
-
-    def end_round(self, kind: str) -> None:
-        self.rounds[kind] = dict(self.counts)
-        self.counts.clear()
 
 
 def _hide_temporaries(live: LiveBytes, player: Player) -> None:
@@ -291,13 +331,19 @@ class _DryAutocast(TorchFunctionMode):
 class _StandIn(ImageSet):
     """A labelled set of which only shapes are known."""
 
-    def __init__(self, count: int, classes: int, size: int, channels: int) -> None:
+    def __init__(self, count: int, classes: int, spec: DatasetSpec) -> None:
         labels_N = torch.zeros(count, dtype=torch.int64)
-        super().__init__(labels_N, [str(c) for c in range(classes)], size=size, channels=channels)
+        super().__init__(labels_N, [str(c) for c in range(classes)], size=spec.size, channels=spec.channels)
+        self.of_pixels = spec.of_pixels
 
     def images(self, indices: Tensor) -> Tensor:
         """See ImageSet."""
         return torch.zeros(len(indices), self.channels, self.size, self.size, dtype=torch.uint8)
+
+    def labels(self, indices: Tensor) -> Tensor:
+        """See ImageSet."""
+        sides = (self.size, self.size) if self.of_pixels else ()
+        return torch.zeros(len(indices), *sides, dtype=torch.int64)
 
 
 class _DryBuilder(_Builder):
@@ -309,8 +355,41 @@ class _DryBuilder(_Builder):
 
     def _source(self, pairs: Any, shapes: Sequence[Shapes], exchange: Exchange, student_card: Card) -> Source:
         spec = self.recipe.source
-        if not isinstance(spec, LabelledSpec):
-            return super()._source(pairs, shapes, exchange, student_card)
-        # The whole set, whatever the party's share: a step takes the same number of images.
-        images = _StandIn(self.recipe.batch, self.recipe.num_classes, spec.dataset.size, spec.dataset.channels)
-        return self._labelled(spec.model_copy(update={"split": None, "party": None}), images)
+        if isinstance(spec, LabelledSpec):
+            # The whole set, whatever the party's share: a step takes the same number of images.
+            images = _StandIn(self.recipe.batch, self.recipe.num_classes, spec.dataset)
+            whole = spec.model_copy(update={"split": None, "party": None})
+            return self._labelled(whole, images, exchange if self.recipe.teachers else None)
+        if isinstance(spec, StreamSpec):
+            reader = self._reader(self.recipe.batch, self.mesh.world, self.recipe.augment)
+            maker = make_views(self.recipe.objective, self.mesh.sync_world, self.randomness, self.recipe.batch)
+            return StreamSource(reader, None, exchange, None, maker)
+        return super()._source(pairs, shapes, exchange, student_card)
+
+    def _real_images(self, spec: MosaicSpec, exchange: Exchange) -> RealImages:
+        """Of the same shapes; a selection's steps are not counted."""
+        patches = self._reader(self.recipe.batch, self.mesh.row, None) if spec.discriminator is not None else None
+        beside = self._reader(spec.ood_batch, self.mesh.world, spec.ood_augment) if spec.ood_batch else None
+        return RealImages(patches, beside)
+
+    def _reader(self, batch: int, group: Group, augment: AugmentSpec | None) -> StreamReader:
+        image = self.recipe.image
+        stream = _DryStream(batch, group.rank, group.size, image.size, image.channels)
+        return StreamReader(stream, batch, group, self.randomness, augment, self.dtype, self.device)  # type: ignore[arg-type]
+
+
+class _DryStream:
+    """A stream of which only shapes are known: every image can be read."""
+
+    batches = 1
+
+    def __init__(self, batch: int, rank: int, world_size: int, size: int, channels: int) -> None:
+        self.low, self.high = bounds(batch, world_size, rank)
+        self.size, self.channels = size, channels
+
+    def get(self, epoch: int, g: int) -> RawBatch:
+        """This rank's slots of any batch."""
+        count = self.high - self.low
+        images_NCHW = torch.zeros(count, self.channels, self.size, self.size, dtype=torch.uint8)
+        slots_N, unknown_N = torch.arange(self.low, self.high), torch.zeros(count, dtype=torch.int64)
+        return RawBatch(images_NCHW, torch.ones(count, dtype=torch.bool), slots_N, slots_N, unknown_N, bad=())

@@ -17,11 +17,22 @@ from dfkd_dist.parallel.interceptor import payload_bytes
 from dfkd_dist.parallel.mesh import Mesh
 from dfkd_dist.parallel.topology import Topology
 
-Record = Callable[[str, int], None]
-"""Called with the collective's name in torch.distributed and the bytes handed to it."""
+
+@dataclass(frozen=True)
+class Sent:
+    """What was handed to one collective: its name in torch.distributed, the bytes, and among whom."""
+
+    kind: str
+    bytes: int
+    group: str
+    members: int
 
 
-def _ignore(name: str, size: int) -> None:
+Record = Callable[[Sent], None]
+"""Told of every collective."""
+
+
+def _ignore(sent: Sent) -> None:
     pass
 
 
@@ -30,12 +41,17 @@ class DryGroup(Group):
     """A group whose other members are imagined; the values that it returns mean nothing.
 
     Args:
+        name: `row`, `column` or `world`.
         objects: what `gather_objects` returns (one per member), or empty for copies of the own value.
         record: told of every collective.
     """
 
+    name: str = ""
     objects: tuple[Any, ...] = ()
     record: Record = _ignore
+
+    def _note(self, kind: str, tensor: Tensor) -> None:
+        self.record(Sent(kind, payload_bytes(tensor), self.name, self.size))
 
     @property
     def device_type(self) -> str:
@@ -47,7 +63,7 @@ class DryGroup(Group):
         if self.size == 1:
             return [tensor]
         flat = tensor.detach().contiguous().view(-1)
-        self.record("all_gather_into_tensor", payload_bytes(flat))
+        self._note("all_gather_into_tensor", flat)
         out = flat.new_empty(self.size * flat.numel())
         # The same view for all: a thousand views of a thousand ranks would cost seconds and say no more.
         return [out[: flat.numel()].view(tensor.shape)] * self.size
@@ -62,7 +78,7 @@ class DryGroup(Group):
 
     def _reduced(self, tensor: Tensor) -> Tensor:
         if self.size > 1:
-            self.record("all_reduce", payload_bytes(tensor))
+            self._note("all_reduce", tensor)
         return tensor
 
     def all_to_all(self, pieces: Sequence[Tensor], receive: Sequence[int]) -> list[Tensor]:
@@ -70,7 +86,7 @@ class DryGroup(Group):
         if self.size == 1:
             return [pieces[0]]
         sent = torch.cat([p.reshape(-1) for p in pieces])
-        self.record("all_to_all_single", payload_bytes(sent))
+        self._note("all_to_all_single", sent)
         return list(sent.new_empty(sum(receive)).split(list(receive)))
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -92,11 +108,11 @@ def dry_mesh(
     """
     t, r = topology.row_of(rank), topology.column_of(rank)
 
-    def group(ranks: Sequence[int], place: int, objects: Sequence[Any] = ()) -> Group:
-        return DryGroup(tuple(ranks), place, None, tuple(objects), record) if len(ranks) > 1 else ALONE
+    def group(name: str, ranks: Sequence[int], place: int, objects: Sequence[Any] = ()) -> Group:
+        return DryGroup(tuple(ranks), place, None, name, tuple(objects), record) if len(ranks) > 1 else ALONE
 
-    world = group(range(topology.world_size), rank)
-    row = group(topology.row_ranks(t), r)
-    column = group(topology.column_ranks(r), t, column_objects)
+    world = group("world", range(topology.world_size), rank)
+    row = group("row", topology.row_ranks(t), r)
+    column = group("column", topology.column_ranks(r), t, column_objects)
     shared = sync == "global"
     return Mesh(topology, rank, world, row, column, row if shared else ALONE, world if shared else ALONE)

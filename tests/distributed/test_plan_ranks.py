@@ -9,8 +9,7 @@ import torch.distributed as dist
 from dfkd_dist.engine.build import build
 from dfkd_dist.engine.live_memory import LiveBytes
 from dfkd_dist.engine.plan import plan
-from dfkd_dist.engine.plan_trace import MAIN, WARM_UP, adopt_build
-from dfkd_dist.engine.plan_traffic import by_collective
+from dfkd_dist.engine.plan_trace import MAIN, WARM_UP, adopt_build, by_collective
 from dfkd_dist.parallel.interceptor import Count, Interceptor, payload_bytes
 from tests.distributed.harness import run_ranks
 from tests.unit.test_plan import CPU, PeakMeters, dafl, dfmf, dfq_adv, recipe

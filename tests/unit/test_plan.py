@@ -15,11 +15,10 @@ from dfkd_dist.config import Recipe, parse
 from dfkd_dist.engine.build import build
 from dfkd_dist.engine.live_memory import LiveBytes, storage_bytes
 from dfkd_dist.engine.metrics import Meters
-from dfkd_dist.engine.plan import _Planner, plan
+from dfkd_dist.engine.plan import plan
 from dfkd_dist.engine.plan_probe import measured_rate
 from dfkd_dist.engine.plan_table import human
-from dfkd_dist.engine.plan_trace import MAIN, WARM_UP, adopt_build, players_of, trace
-from dfkd_dist.engine.plan_traffic import by_collective
+from dfkd_dist.engine.plan_trace import MAIN, WARM_UP, adopt_build, players_of
 from dfkd_dist.models.weights import WeightsError
 
 CPU = torch.device("cpu")
@@ -238,41 +237,6 @@ def test_flops_are_those_of_a_real_run(content: dict[str, Any]) -> None:
         built.trainer.fit()
     expected = sum(role.total_flops(kind) * {WARM_UP: 1, MAIN: 2}[kind] for kind in role.flops)
     assert counter.get_total_flops() == expected
-
-
-# ----------------------------------------------------------------------------------- traffic, against the dry run
-
-
-def _one_step(content: dict[str, Any]) -> dict[str, Any]:
-    source = content["source"]
-    if "assistant" in source:
-        source = source | {"assistant": {"steps": 1}}
-    return content | {"source": source, "rounds": content["rounds"] | {"student_steps": 1}}
-
-
-TRAFFIC = {
-    "dfmf": (dfmf(2), 8),
-    "dfmf, unequal rows, uneven shares": (dfmf(3, batch=25), 4),
-    "dfmf, local": (dfmf(2, mesh={"sync": "local"}), 4),
-    "dfmf, fp64": (dfmf(2, precision={"train": "fp64", "teacher": "fp64"}), 4),
-    "dfmf, bf16": (dfmf(2, precision={"train": "bf16", "teacher": "bf16"}), 4),
-    "dfmf, other networks": (dfmf(2, "resnet8"), 4),
-    "dfmf, fewer images than ranks": (dfmf(2, batch=4), 16),
-    "dfq with adv": (dfq_adv(2), 6),
-    "dfq without adv": (frozen(2), 6),
-    "dafl": (dafl(1), 5),
-    "labelled": (labelled(), 3),
-}
-
-
-@pytest.mark.parametrize("name", TRAFFIC)
-def test_traffic_is_that_of_the_code_at_any_size(name: str) -> None:
-    content, ranks = recipe(_one_step(TRAFFIC[name][0])), TRAFFIC[name][1]
-    planner = _Planner(content, ranks)
-    for rank in {members[0] for members in planner._same_work()}:
-        seen = trace(planner.dry, planner.cards, planner.topology, rank, planner.shapes).collectives
-        assert seen == {kind: by_collective(planner.traffic.round(rank, kind == WARM_UP)) for kind in planner.kinds}
-        assert seen[MAIN], "ranks that say nothing to one another would prove nothing"
 
 
 # ----------------------------------------------------------------------------------------------------- the plan
