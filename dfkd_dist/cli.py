@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dfkd_dist import cli_evaluate, cli_select, cli_shards
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the process's exit code."""
@@ -61,12 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     _restart_arguments(teach)
     teach.set_defaults(act=_train_teachers)
 
-    evaluate = commands.add_parser("evaluate", help="accuracy of a run's teachers, ensembles and student")
-    evaluate.add_argument("run", type=Path)
-    evaluate.add_argument("--data", nargs="+", metavar="key=value", default=[], help="an image set; default: the run's")
-    evaluate.add_argument("--split", choices=["val", "test"], default="test")
-    evaluate.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    evaluate.set_defaults(act=_evaluate)
+    cli_evaluate.add_parser(commands)
+    cli_shards.add_parser(commands)
+    cli_select.add_parser(commands)
 
     export = commands.add_parser("export", help="the student as safetensors with its card, and as ONNX")
     export.add_argument("run", type=Path)
@@ -124,15 +123,8 @@ def _train_teachers(given: argparse.Namespace) -> int:
         return stopped.code
     for one in results:
         frequent = f", {one['frequent_accuracy']:.2f}% on its frequent classes" if one["frequent_accuracy"] else ""
-        print(f"{one['name']}: {one['accuracy']:.2f}%{frequent} ({one['images']} images) -> {one['file']}")
-    return 0
-
-
-def _evaluate(given: argparse.Namespace) -> int:
-    from dfkd_dist.engine.finished import evaluate_run
-
-    for name, value in evaluate_run(given.run, given.data, given.split, given.device):
-        print(f"{name:32s} {value:7.2f}")
+        overlap = f", mIoU {one['miou']:.2f}%" if "miou" in one else ""
+        print(f"{one['name']}: {one['accuracy']:.2f}%{overlap}{frequent} ({one['images']} images) -> {one['file']}")
     return 0
 
 

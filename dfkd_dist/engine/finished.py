@@ -42,22 +42,35 @@ def evaluate_run(run: Path, data: Sequence[str], split: Split, device: str = "cp
     Args:
         run: the run directory.
         data: `key=value` over the run's evaluation set, or a whole set where the run has none.
-        split: `val` or `test`.
+        split: `train`, `val` or `test`.
         device: `auto`, `cpu` or `cuda`.
 
     Raises:
         RecipeError: no image set is known, or a key is wrong.
     """
-    built = open_finished(run, device)
+    yield from accuracies(open_finished(run, device), run, data, split)
+
+
+def accuracies(built: Build, run: Path, data: Sequence[str], split: Split) -> Iterator[tuple[str, float]]:
+    """`evaluate_run` of a run that is open."""
+    dataset, spec = dataset_of(built, data), built.recipe.evaluation
+    if dataset is None:
+        raise RecipeError(f"{run} has no evaluation set; give --data kind=... size=... channels=... [path=...]")
+    batch, parties = (spec.batch, spec.split) if spec is not None else (256, None)
+    yield from evaluate.evaluate(built, dataset, split, batch=batch, parties=parties).items()
+
+
+def dataset_of(built: Build, data: Sequence[str]) -> DatasetSpec | None:
+    """The run's evaluation set with `key=value` over it, or a whole set where it has none; None without either.
+
+    Raises:
+        RecipeError: a key is wrong.
+    """
     spec = built.recipe.evaluation
     tree = spec.dataset.model_dump() if spec is not None else {}
     for override in data:
         apply_override(tree, override)
-    if not tree:
-        raise RecipeError(f"{run} has no evaluation set; give --data kind=... size=... channels=... [path=...]")
-    dataset = parse(DatasetSpec, tree, where="--data")
-    batch, parties = (spec.batch, spec.split) if spec is not None else (256, None)
-    yield from evaluate.evaluate(built, dataset, split, batch=batch, parties=parties).items()
+    return parse(DatasetSpec, tree, where="--data") if tree else None
 
 
 def export_run(run: Path, out: Path | None, *, onnx: bool) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -185,7 +185,7 @@ class GenerativeSource:
             images = [self._first_of_update(kit, each, round, step) for kit in self.kits]
         else:
             images = [self._student_images(kit, "student", own, round, step) for kit in self.kits]
-        return self.exchange.gather(images, each)
+        return replace(self.exchange.gather(images, each), at=(round, step))
 
     def student_steps(self, round: int) -> int:
         """Never asked for: the recipe says how many (images are made without end)."""
