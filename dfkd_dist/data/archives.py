@@ -71,7 +71,7 @@ def read_npz(spec: DatasetSpec, split: Split) -> Part:
     """Plain uint8 images `[N, H, W]` or `[N, H, W, 1 or 3]`: `train_x, train_y, test_x, test_y`."""
     part = _part(split)
     with Archive(str(spec.path)) as archive:
-        images_NCHW = _plain_images(archive, f"{part}_x")
+        images_NCHW = plain_images(archive, f"{part}_x")
         labels_N, classes = _labels(archive, part, len(images_NCHW))
 
     def make(positions: Tensor) -> MemoryImageSet:
@@ -99,14 +99,14 @@ def read_jpg_npz(spec: DatasetSpec, split: Split) -> Part:
             )
         if spec.domains is not None:
             raise DatasetError(f"{spec.path}: domains: this file has none; leave `domains` out")
-        encoded = _encoded(archive, part)
+        encoded = encoded_images(archive, part)
         labels_N, classes = _labels(archive, part, len(encoded))
     positions = torch.arange(len(labels_N))
     return _jpg_part(spec, encoded, positions, labels_N, classes, carve=part == "train")
 
 
 def _unsplit(archive: Archive, spec: DatasetSpec, split: Split) -> Part:
-    encoded = _encoded(archive, "x")
+    encoded = encoded_images(archive, "x")
     classes = archive.names("classes") if "classes" in archive else None
     where = f"{archive.path}: key 'y'"
     labels_N = read_labels(where, archive.read("y"), len(encoded), None if classes is None else len(classes))
@@ -161,7 +161,8 @@ def _part(split: Split) -> Literal["train", "test"]:
     return "test" if split == "test" else "train"
 
 
-def _plain_images(archive: Archive, key: str) -> Tensor:
+def plain_images(archive: Archive, key: str) -> Tensor:
+    """uint8 `[N, 1 or 3, H, W]` of an array `[N, H, W]` or `[N, H, W, 1 or 3]`; DatasetError for another."""
     images = archive.read(key)
     grey = images.ndim == 3
     if images.dtype != np.uint8 or not (grey or (images.ndim == 4 and images.shape[3] in (1, 3))):
@@ -173,8 +174,8 @@ def _plain_images(archive: Archive, key: str) -> Tensor:
     return tensor[:, None] if grey else tensor.permute(0, 3, 1, 2)
 
 
-def _encoded(archive: Archive, part: str) -> list[NDArray[np.uint8]]:
-    """Views of the single files."""
+def encoded_images(archive: Archive, part: str) -> list[NDArray[np.uint8]]:
+    """Views of the single files: `{part}_bytes` cut at `{part}_offsets`; DatasetError for anything else."""
     data, offsets = archive.read(f"{part}_bytes"), archive.read(f"{part}_offsets")
     if data.ndim != 1 or data.dtype != np.uint8:
         found = f"{data.dtype} {data.shape}"

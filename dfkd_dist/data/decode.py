@@ -1,4 +1,4 @@
-"""Encoded jpg and png bytes to uint8 tensors, with a pixel limit that is checked before decoding."""
+"""Encoded jpg, png and webp bytes to uint8 tensors, with a pixel limit that is checked before decoding."""
 
 from __future__ import annotations
 
@@ -24,15 +24,45 @@ _STANDALONE = {0x01, *range(0xD0, 0xD8)}
 _START_OF_FRAME = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
-def image_shape(encoded: NDArray[np.uint8]) -> tuple[int, int]:
-    """(height, width) as a jpg or png file states them; ValueError if it is neither or has no header."""
-    data = encoded.data
-    if data[:8] == _PNG and len(data) >= 24:
-        width, height = struct.unpack(">II", data[16:24])
-        return height, width
+def image_format(data: memoryview | bytes) -> str:
+    """What a file's first bytes say it is: "jpg", "png" or "webp"; ValueError if it is none of them."""
+    if data[:8] == _PNG:
+        return "png"
     if data[:2] == _JPG:
+        return "jpg"
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    raise ValueError("neither a jpg nor a png nor a webp file")
+
+
+def image_shape(encoded: NDArray[np.uint8]) -> tuple[int, int]:
+    """(height, width) as a jpg, png or webp file states them; ValueError if it is none or has no header."""
+    data = encoded.data
+    kind = image_format(data)
+    if kind == "jpg":
         return _jpg_shape(data)
-    raise ValueError("neither a jpg nor a png file")
+    if kind == "webp":
+        return _webp_shape(data)
+    if len(data) < 24:
+        raise ValueError("a png file without a header")
+    width, height = struct.unpack(">II", data[16:24])
+    return height, width
+
+
+def _webp_shape(data: memoryview) -> tuple[int, int]:
+    """The first chunk is a lossy frame, a lossless one, or the canvas of an extended file."""
+    if len(data) < 30:
+        raise ValueError("a webp file without a header")
+    kind = bytes(data[12:16])
+    if kind == b"VP8 ":
+        width, height = struct.unpack("<HH", data[26:30])
+        return height & 0x3FFF, width & 0x3FFF
+    if kind == b"VP8L":
+        bits = int.from_bytes(data[21:25], "little")
+        return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
+    if kind == b"VP8X":
+        return int.from_bytes(data[27:30], "little") + 1, int.from_bytes(data[24:27], "little") + 1
+    raise ValueError(f"a webp file that begins with a chunk {kind!r}")
 
 
 def _jpg_shape(data: memoryview) -> tuple[int, int]:
@@ -56,13 +86,15 @@ def _jpg_shape(data: memoryview) -> tuple[int, int]:
 def decode_one(encoded: NDArray[np.uint8], *, size: int, channels: int) -> Tensor:
     """One encoded image to uint8 `[channels, size, size]`: shorter side resized, centre crop.
 
-    EXIF rotation is not applied. Raises ValueError or RuntimeError for bytes that are not a whole jpg or png
+    EXIF rotation is not applied. Raises ValueError or RuntimeError for bytes that are not a whole jpg, png or webp
     of at most `PIXEL_LIMIT` pixels.
     """
     height, width = image_shape(encoded)
     if not 0 < height * width <= PIXEL_LIMIT:
         raise ValueError(f"{height} x {width} pixels, allowed 1 to {PIXEL_LIMIT}")
-    mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
+    # The webp decoder makes no grey images; convert_images does.
+    grey = channels == 1 and image_format(encoded.data) != "webp"
+    mode = ImageReadMode.GRAY if grey else ImageReadMode.RGB
     image_CHW = decode_image(torch.from_numpy(encoded), mode=mode)
     if image_CHW.dtype != torch.uint8:
         raise ValueError(f"{image_CHW.dtype} pixels, allowed 8 bits a channel")

@@ -92,29 +92,35 @@ def read_torchvision(spec: DatasetSpec, split: Split) -> Part:
     torchvision checks the files of CIFAR against known checksums before it unpickles them.
     """
     part = "test" if split == "test" else "train"
-    data = _open_torchvision(spec, part)
-    images_NCHW = _channels_first(np.asarray(data.data))
-    labels = np.asarray(data.labels if hasattr(data, "labels") else data.targets)
-    where = f"{spec.path}: torchvision's {spec.name}, {part} labels"
-    names = getattr(data, "classes", None)
-    labels_N = read_labels(where, labels, len(images_NCHW), None if names is None else len(names))
-    classes = [str(i) for i in range(10)] if names is None else [str(name) for name in names]
+    images_NCHW, labels_N, classes = torchvision_arrays(str(spec.name), str(spec.path), part)
     make = _in_memory(spec, images_NCHW, labels_N, classes)
     return Part(torch.arange(len(labels_N)), labels_N, classes, make, carve=part == "train")
 
 
-def _open_torchvision(spec: DatasetSpec, part: str) -> Any:
+def torchvision_arrays(name: str, root: str, part: str) -> tuple[Tensor, Tensor, list[str]]:
+    """uint8 images `[N, 1 or 3, H, W]`, int64 labels and class names of a torchvision set; part: train or test."""
+    data = _open_torchvision(name, root, part)
+    images_NCHW = _channels_first(np.asarray(data.data))
+    labels = np.asarray(data.labels if hasattr(data, "labels") else data.targets)
+    names = getattr(data, "classes", None)
+    where = f"{root}: torchvision's {name}, {part} labels"
+    labels_N = read_labels(where, labels, len(images_NCHW), None if names is None else len(names))
+    classes = [str(i) for i in range(10)] if names is None else [str(name) for name in names]
+    return images_NCHW, labels_N, classes
+
+
+def _open_torchvision(name: str, root: str, part: str) -> Any:
     from torchvision import datasets
 
-    if spec.name not in TORCHVISION_SETS:
-        raise DatasetError(f"name: found {spec.name!r}, allowed are {sorted(TORCHVISION_SETS)}")
-    how: dict[str, Any] = {"split": part} if spec.name in _BY_SPLIT_NAME else {"train": part == "train"}
+    if name not in TORCHVISION_SETS:
+        raise DatasetError(f"name: found {name!r}, allowed are {sorted(TORCHVISION_SETS)}")
+    how: dict[str, Any] = {"split": part} if name in _BY_SPLIT_NAME else {"train": part == "train"}
     try:
-        return getattr(datasets, spec.name)(root=spec.path, download=False, **how)
+        return getattr(datasets, name)(root=root, download=False, **how)
     except (RuntimeError, OSError) as error:
-        where = Path(str(spec.path)).resolve()
+        where = Path(root).resolve()
         raise DatasetError(
-            f"torchvision's {spec.name} ({part}) was looked for under {where} and cannot be read: {error} "
+            f"torchvision's {name} ({part}) was looked for under {where} and cannot be read: {error} "
             "(dfkd_dist downloads nothing; put the files where torchvision would)"
         ) from error
 
