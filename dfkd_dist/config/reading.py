@@ -210,14 +210,13 @@ def dump(spec: Spec) -> str:
 
 def _explain(kind: type[Spec], detail: dict[str, Any]) -> str:
     """One line for one pydantic error: key, value, what is allowed."""
-    parts = [str(p) for p in detail["loc"]]
-    if len(parts) > 1 and parts[0] == "source":
-        del parts[1]  # the value of `kind`: it stands in pydantic's location, but is no key of the file
+    location = [str(p) for p in detail["loc"]]
+    parts, models = _untagged(kind, location)
     key, given = ".".join(parts) or "(whole recipe)", detail["input"]
     message = str(detail["msg"]).removeprefix("Value error, ")
     match detail["type"]:
         case "extra_forbidden":
-            allowed = _keys_at(kind, parts[:-1])
+            allowed = sorted({key for model in models for key in model.model_fields})
             return f"{key}: unknown key (given: {given!r}){_nearest(parts[-1], allowed)}; allowed: {', '.join(allowed)}"
         case "missing":
             return f"{key}: required, but not given"
@@ -234,21 +233,36 @@ def _explain(kind: type[Spec], detail: dict[str, Any]) -> str:
             return f"{key}: {message} (given: {shown}){_nearest_choice(given, message)}"
 
 
-def _keys_at(kind: type[Spec], parts: list[str]) -> list[str]:
-    """The keys allowed under a dotted place of a schema (all of them for a union)."""
-    models: list[type[Spec]] = [kind]
-    for part in parts:
+def _untagged(kind: type[Spec], location: list[str]) -> tuple[list[str], list[type[Spec]]]:
+    """The keys of the file that lead to a place of pydantic's, and the models that the last of them may belong to.
+
+    Where several kinds of a section are allowed, the value of `kind` stands in pydantic's location but is no key.
+    """
+    parts: list[str] = []
+    models, inside = [kind], [kind]
+    for part in location:
+        chosen = [model for model in inside if len(inside) > 1 and _tag(model) == part]
+        if chosen:
+            inside = chosen
+            continue
+        parts.append(part)
         if part.isdigit():
             continue
-        found = [m.model_fields[part].annotation for m in models if part in m.model_fields]
-        models = [m for annotation in found for m in _models_in(annotation)]
-    return sorted({key for m in models for key in m.model_fields})
+        models = inside
+        found = [model.model_fields[part].annotation for model in models if part in model.model_fields]
+        inside = [inner for annotation in found for inner in _models_in(annotation)]
+    return parts, models
+
+
+def _tag(model: type[Spec]) -> str | None:
+    """The value of `kind` that stands for a model."""
+    field = model.model_fields.get("kind")
+    return None if field is None else str(get_args(field.annotation)[0])
 
 
 def _kinds(kind: type[Spec], parts: list[str]) -> list[str]:
     """The values that `kind` may have at a dotted place of a schema."""
-    models = _models_in(kind.model_fields[parts[-1]].annotation)
-    return [str(get_args(model.model_fields["kind"].annotation)[0]) for model in models]
+    return [str(_tag(model)) for model in _models_in(kind.model_fields[parts[-1]].annotation)]
 
 
 def _models_in(annotation: Any) -> list[type[Spec]]:

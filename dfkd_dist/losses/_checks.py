@@ -27,6 +27,12 @@ def dims(key: str, tensor: Tensor, count: int) -> None:
         raise ValueError(f"{key}: expected {count} dimension(s), found shape {tuple(tensor.shape)}")
 
 
+def class_scores(key: str, tensor: Tensor) -> None:
+    """Raise ValueError unless ``tensor`` is ``[N, C]`` or ``[N, C, *positions]``."""
+    if tensor.dim() < 2:
+        raise ValueError(f"{key}: expected [N, C] or [N, C, *positions], found shape {tuple(tensor.shape)}")
+
+
 def same_shape(key_a: str, a: Tensor, key_b: str, b: Tensor) -> None:
     """Raise ValueError unless shapes agree: broadcasting would turn a wrong shape into a wrong number."""
     if a.shape != b.shape:

@@ -31,3 +31,60 @@ class VIDHead(nn.Module):
     def forward(self, map_NDHW: Tensor) -> Tensor:
         """The mean `[N, out_channels, H, W]`."""
         return self.mean(map_NDHW)
+
+
+class MapRegressor(nn.Module):
+    """FitNet's regressor: one convolution from a student's map to the shape of a teacher's (Romero et al. 2015).
+
+    Equal sizes need a 1x1 kernel. A map twice as large takes 3x3 with stride 2, one half as large 4x4 transposed with
+    stride 2, as in the field's code; else the kernel makes up the difference, as in the paper.
+
+    Args:
+        own: `(D, H, W)` of the student's map.
+        other: the same of the teacher's.
+        activation: `none`, or `relu` at the end.
+        normalise: batch norm after the convolution.
+
+    Raises:
+        ValueError: one map is larger in height and smaller in width.
+    """
+
+    def __init__(
+        self, own: tuple[int, ...], other: tuple[int, ...], activation: str = "none", normalise: bool = True
+    ) -> None:
+        super().__init__()
+        (channels, height, width), (out, other_height, other_width) = own, other
+        bias = not normalise  # batch norm takes it away
+        shrink = (height - other_height, width - other_width)
+        self.convolution: nn.Conv2d | nn.ConvTranspose2d
+        if (height, width) == (2 * other_height, 2 * other_width):
+            self.convolution = nn.Conv2d(channels, out, 3, stride=2, padding=1, bias=bias)
+        elif (2 * height, 2 * width) == (other_height, other_width):
+            self.convolution = nn.ConvTranspose2d(channels, out, 4, stride=2, padding=1, bias=bias)
+        elif min(shrink) >= 0:
+            self.convolution = nn.Conv2d(channels, out, (1 + shrink[0], 1 + shrink[1]), bias=bias)
+        elif max(shrink) <= 0:
+            self.convolution = nn.ConvTranspose2d(channels, out, (1 - shrink[0], 1 - shrink[1]), bias=bias)
+        else:
+            raise ValueError(
+                f"no regressor leads from a map of {height}x{width} to one of {other_height}x{other_width}"
+            )
+        self.norm = nn.BatchNorm2d(out) if normalise else nn.Identity()
+        self.relu = activation == "relu"
+
+    def forward(self, map_NDHW: Tensor) -> Tensor:
+        """`[N, D, H, W]` of the student to the shape of the teacher's."""
+        out_NDHW = self.norm(self.convolution(map_NDHW))
+        return out_NDHW.relu() if self.relu else out_NDHW
+
+
+class ProjectionHead(nn.Sequential):
+    """SSKD's self-supervised head: two linear layers of the features' own width with a ReLU between them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+
+    def forward(self, features_ND: Tensor) -> Tensor:
+        """`[N, D]` to `[N, D]`."""
+        weight = next(self.parameters())
+        return super().forward(features_ND.to(weight.dtype))
