@@ -176,3 +176,18 @@ def labelled(folder: Path, **changes: Any) -> Tree:
         "source": {"kind": "labelled", "dataset": dataset},
     }
     return merged(tree, changes)
+
+
+def mosaic(teachers: list[Tree], shards: Path, **changes: Any) -> Tree:
+    """Four players over real images, some of which the student sees too; batches do not divide by two or more ranks."""
+    source = {
+        "kind": "mosaic",
+        "loss": {"patch": 1.0, "ice": 0.5, "bce": 2.0, "adv": 1.0},
+        "discriminator": {"field": 8, "width": 6},
+        "reader": {"shards": str(shards), "workers": 0, "window": 20},
+        "ood_batch": 7,
+        "ood_augment": {"rotation": 5.0, "crop_padding": 1, "flip": True},
+    }
+    objective = {"temperature": 1.0}
+    rounds = {"warmup": 0, "main": 20, "student_steps": 2}
+    return merged(base(teachers, source=source, objective=objective, rounds=rounds), changes)

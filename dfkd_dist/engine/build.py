@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 
+from dfkd_dist.compensation.kdci import KDCI
 from dfkd_dist.config import (
+    AnyObjectiveSpec,
     AssistantSpec,
     GenerativeSpec,
     LabelledSpec,
-    ObjectiveSpec,
+    MosaicSpec,
     Recipe,
     RecipeError,
     SplitSpec,
@@ -22,20 +24,24 @@ from dfkd_dist.config import (
 from dfkd_dist.data.datasets import ImageSet, load_image_set
 from dfkd_dist.data.shards.manifest import Manifest, read_manifest
 from dfkd_dist.data.splits import party_indices
+from dfkd_dist.engine.build_mosaic import RealImages, mosaic_source, real_images
+from dfkd_dist.engine.build_streams import Place, stream_source
 from dfkd_dist.engine.checks import agreed, check_generator_terms, check_maps, check_student_classes
 from dfkd_dist.engine.metrics import Meters
 from dfkd_dist.engine.optim import make_player
 from dfkd_dist.engine.seeding import seeded
+from dfkd_dist.engine.segmentation import check_task
+from dfkd_dist.engine.sharing import fitted_card, take_classifier
 from dfkd_dist.engine.student_side import StudentSide
 from dfkd_dist.engine.teachers import make_teacher, reference_classes, teacher_cards, teacher_costs, teacher_weights
 from dfkd_dist.engine.trainer import Trainer
 from dfkd_dist.models.cards import Card
-from dfkd_dist.models.generator import Generator
+from dfkd_dist.models.dcgan import make_generator
 from dfkd_dist.models.network import ImageNetwork
-from dfkd_dist.models.signals import FEATURES, LOGITS, MAP
+from dfkd_dist.models.signals import FEATURES, LOGITS, MAP, Need
 from dfkd_dist.models.teacher import Teacher
 from dfkd_dist.models.weights import load_weights
-from dfkd_dist.objectives.registry import Context, make_objective, needed
+from dfkd_dist.objectives.registry import Context, make_objective, needed, needs
 from dfkd_dist.parallel.batchnorm import synchronise
 from dfkd_dist.parallel.exchange import Exchange, Shapes
 from dfkd_dist.parallel.group import Group
@@ -101,11 +107,16 @@ class _Builder:
         shapes = self._all_shapes(teachers)
         self._check_maps(shapes)
         exchange = Exchange(self.mesh, teachers, shapes, needed(recipe.objective))
+        sealed = [teacher for teacher, _ in pairs]
         student_card = self._student_card()
+        with _named("student"):
+            student_card = fitted_card(recipe.objective, student_card, sealed)
         student = self._network(student_card, "student", self.mesh.sync_world, recipe.student.pretrained)
         if recipe.student.weights is not None:
             with _named("student.weights"):
                 load_weights(student.network, recipe.student.weights)
+        with _named("student"):
+            take_classifier(recipe.objective, student, sealed)
         side = self._side(student, recipe.objective, self.weights, shapes, "student")
         student_steps = None if rounds.student_steps == "epoch" else rounds.student_steps
         steps = rounds.main * (student_steps or 1)
@@ -136,10 +147,11 @@ class _Builder:
     def _manifest(self) -> Manifest | None:
         """Of the shards that the source reads; every rank reads it."""
         source = self.recipe.source
-        if not isinstance(source, StreamSpec):
+        reader = source.reader if isinstance(source, StreamSpec | MosaicSpec) else None
+        if reader is None:
             return None
         with _named("source.reader.shards"):
-            return agreed(self.mesh.world, lambda: read_manifest(source.reader.shards))
+            return agreed(self.mesh.world, lambda: read_manifest(reader.shards))
 
     # ----------------------------------------------------------------------------------- networks
 
@@ -155,15 +167,22 @@ class _Builder:
         if isinstance(source, GenerativeSpec) and source.assistant is not None:
             check_maps("source.assistant.objective", source.assistant.objective, teachers)
 
+    def _asked(self) -> Need:
+        """Signals that the student's objective or an assistant's wants from the teachers."""
+        source, need = self.recipe.source, needed(self.recipe.objective)
+        assistant = source.assistant if isinstance(source, GenerativeSpec) else None
+        return need if assistant is None else need | needed(assistant.objective)
+
     def _all_shapes(self, teachers: Sequence[Teacher]) -> list[Shapes]:
         """Signal shapes of every teacher of the run, told by the ranks that hold them."""
         own = {k: self._shapes(t) for k, t in zip(self.mesh.teachers, teachers, strict=True)}
         known = {k: shapes for part in self.mesh.column.gather_objects(own) for k, shapes in part.items()}
         return [known[k] for k in sorted(known)]
 
-    def _shapes(self, network: ImageNetwork) -> Shapes:
-        """Of every signal that the student's or an assistant's objective may want."""
-        need = needed(self.recipe.objective) | {LOGITS, FEATURES, MAP}
+    def _shapes(self, network: ImageNetwork, need: Need | None = None) -> Shapes:
+        """Of the usual signals, and of those named: what an objective wants from the network (a teacher, if None)."""
+        need = self._asked() if need is None else need
+        need = need | {LOGITS, FEATURES, MAP}
         return network.shapes(self.recipe.image.size, self.recipe.image.channels, need)
 
     def _student_card(self) -> Card:
@@ -180,27 +199,38 @@ class _Builder:
 
     def _network(self, card: Card, name: str, group: Group, pretrained: bool = False) -> ImageNetwork:
         with seeded(self.recipe.seed, "network", name), _named(name):
-            network = ImageNetwork(card.build(pretrained), card.preprocess(), name)
+            network = ImageNetwork(card.build(pretrained), card.preprocess(self.recipe.image.size), name)
         synchronise(network, group)
         return self._placed(network)
 
     def _side(
         self,
         network: ImageNetwork,
-        objective: ObjectiveSpec,
+        objective: AnyObjectiveSpec,
         weights: Sequence[float],
         shapes: Sequence[Shapes],
         name: str,
     ) -> StudentSide:
-        own = self._shapes(network)
+        own = self._shapes(network, needs(objective).student)
         check_maps("objective" if name == "student" else "source.assistant.objective", objective, {name: own})
+        check_task(self.recipe, name, own, shapes)
         with seeded(self.recipe.seed, "objective", name):
-            return self._placed(StudentSide(network, make_objective(objective, self._context(weights, own, shapes))))
+            made = make_objective(objective, self._context(weights, own, shapes, name))
+            compensation = self._compensation() if name == "student" else None
+            return self._placed(StudentSide(network, made, compensation))
 
-    def _context(self, weights: Sequence[float], own: Shapes, shapes: Sequence[Shapes]) -> Context:
+    def _compensation(self) -> KDCI | None:
+        spec, classes = self.recipe.compensation, self.recipe.num_classes
+        if spec is None:
+            return None
+        return KDCI(spec, classes, classes, self.weights, self.mesh.world, self.randomness)
+
+    def _context(self, weights: Sequence[float], own: Shapes, shapes: Sequence[Shapes], name: str) -> Context:
         samples = None if self.manifest is None else len(self.manifest)  # ids run up to this
-        world = self.mesh.sync_world
-        return Context(weights, own, shapes, self.recipe.num_classes, samples, world, self.randomness)
+        mesh, classes = self.mesh, self.recipe.num_classes
+        # The student's batch is the world's, an assistant's its row's.
+        sync, ranks = (mesh.sync_world, mesh.world) if name == "student" else (mesh.sync, mesh.row)
+        return Context(weights, own, shapes, classes, samples, sync, self.randomness, ranks)
 
     def _placed(self, module: Any) -> Any:
         module = module.to(self.device, self.dtype)
@@ -222,14 +252,14 @@ class _Builder:
                 return self._labelled(recipe.source, images, exchange if recipe.teachers else None)
         if isinstance(recipe.source, StreamSpec):
             assert self.manifest is not None
-            from dfkd_dist.engine.build_streams import Place, stream_source
-
-            place = Place(recipe, self.mesh, self.device, self.dtype, self.randomness, self.cards, self.weights)
-            return stream_source(place, recipe.source, self.manifest, exchange)
+            return stream_source(self._place(), recipe.source, self.manifest, exchange)
         kits = [
             self._kit(recipe.source, k, teacher, answering, shapes[k], student_card)
             for k, (teacher, answering) in zip(self.mesh.teachers, pairs, strict=True)
         ]
+        if isinstance(recipe.source, MosaicSpec):
+            real, autocast = self._real_images(recipe.source, exchange), self.autocast()
+            return mosaic_source(self._place(), recipe.source, kits, exchange, real, self._placed, autocast)
         return GenerativeSource(
             recipe.source,
             recipe.rounds,
@@ -244,12 +274,18 @@ class _Builder:
             self.autocast(),
         )
 
+    def _place(self) -> Place:
+        return Place(self.recipe, self.mesh, self.device, self.dtype, self.randomness, self.cards, self.weights)
+
+    def _real_images(self, spec: MosaicSpec, exchange: Exchange) -> RealImages:
+        return real_images(self._place(), spec, self.manifest, exchange)
+
     def _kit(
         self, spec: GenerativeSpec, k: int, teacher: Teacher, answering: Teacher, shapes: Shapes, student_card: Card
     ) -> Kit:
         rounds, g, image = self.recipe.rounds, spec.generator, self.recipe.image
         with seeded(self.recipe.seed, "generator", teacher.name):
-            module = Generator(g.latent, g.width, g.blocks, image.size, image.channels, g.head)
+            module = make_generator(g.style, g.latent, g.width, g.blocks, image.size, image.channels, g.head)
         synchronise(module, self.mesh.sync)
         steps = rounds.warmup if spec.freeze_after_warmup else rounds.total
         name = f"generator/{teacher.name}"
@@ -281,13 +317,22 @@ class _Builder:
             self.dtype,
             self.device,
             exchange,
+            spec.crop,
         )
 
 
 def party_shares(images: ImageSet, split: SplitSpec) -> list[torch.Tensor]:
-    """Positions of each party's images in a training set (DFMF section 4.1)."""
+    """Positions of each party's images in a training set (DFMF section 4.1).
+
+    Where pixels have the labels, images are of no class, and every party gets an even part of them all.
+
+    Raises:
+        RecipeError: an imbalanced split of such a set.
+    """
+    if images.of_pixels and split.mode == "ibl":
+        raise RecipeError("split.mode is ibl, which deals images by their class, but here pixels have the labels")
     return party_indices(
-        images.labels_N,
+        torch.zeros(len(images), dtype=torch.int64) if images.of_pixels else images.labels_N,
         parties=split.parties,
         mode=split.mode,
         ratio=split.ratio,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar, cast
 
-from dfkd_dist.config import GenerativeSpec, ObjectiveSpec, Recipe, RecipeError
+from dfkd_dist.config import AnyObjectiveSpec, GenerativeSpec, ObjectiveSpec, Recipe, RecipeError
 from dfkd_dist.data.shards.manifest import Manifest
 from dfkd_dist.models.signals import MAP
 from dfkd_dist.models.taps import Taps
@@ -86,7 +86,7 @@ def check_student_classes(recipe: Recipe, reference: Sequence[str] | None) -> No
         raise RecipeError(f"student.classes: found {given}, but the teachers' order is {list(reference)}; leave it out")
 
 
-def check_maps(key: str, objective: ObjectiveSpec, shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
+def check_maps(key: str, objective: AnyObjectiveSpec, shapes: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
     """Refuse terms on feature maps where a network has none.
 
     Args:
@@ -99,7 +99,7 @@ def check_maps(key: str, objective: ObjectiveSpec, shapes: Mapping[str, Mapping[
     """
     bare = [name for name, known in shapes.items() if MAP not in known]
     for term in ON_MAPS:
-        weight = objective.weights()[term]
+        weight = objective.weights().get(term, 0.0)
         if weight > 0 and bare:
             raise RecipeError(
                 f"{key}.{term} is {weight:g}, but {', '.join(bare)} has no convolution map to compare; "

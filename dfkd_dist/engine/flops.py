@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dfkd_dist.engine.build import Build
 from dfkd_dist.models.cards import Card
+from dfkd_dist.models.dcgan import TransposedGenerator
 from dfkd_dist.models.generator import Generator
 from dfkd_dist.models.network import parameter_count
 from dfkd_dist.parallel.batchnorm import reading_only
@@ -47,10 +48,11 @@ def card_cost(card: Card) -> Cost:
 
 
 def network_costs(build: Build) -> dict[str, Cost]:
-    """Every network of the run by name: `teacher/NAME`, `student`, `generator/NAME`, `assistant/NAME`.
+    """Every network of the run by name: `teacher/NAME`, `student`, `generator/NAME`, `assistant/NAME`, and so on.
 
-    All ranks call it: generators and assistants are measured by the ranks that have them. Heads of objectives and
-    batch norm folded into convolutions are left out of the account: a teacher is counted as it came.
+    All ranks call it: a teacher's generator, assistant and discriminator are measured by the ranks that have them.
+    Heads of objectives and batch norm folded into convolutions are left out of the account: a teacher is counted as it
+    came.
     """
     named = zip(build.recipe.teachers, build.cards, strict=True)
     costs = {f"teacher/{spec.name}": card_cost(card) for spec, card in named}
@@ -63,13 +65,16 @@ def network_costs(build: Build) -> dict[str, Cost]:
 
 
 def _kit_costs(kit: Kit, build: Build) -> dict[str, Cost]:
-    generator, image = cast(Generator, kit.generator.module), build.recipe.image
+    generator, image = cast(Generator | TransposedGenerator, kit.generator.module), build.recipe.image
     parameter = next(generator.parameters())
     with reading_only(generator, "eval"):
         costs = {kit.generator.name: cost_of(generator, parameter.new_zeros(1, generator.latent))}
+    example = parameter.new_zeros(1, image.channels, image.size, image.size)
+    if kit.discriminator is not None:
+        with reading_only(kit.discriminator.module, "eval"):
+            costs[kit.discriminator.name] = cost_of(kit.discriminator.module, example)
     if kit.assistant is not None:
         network = kit.side.network
         with reading_only(network, "eval"):
-            example = parameter.new_zeros(1, image.channels, image.size, image.size)
             costs[kit.assistant.name] = cost_of(network.network, network.preprocess(example))
     return costs

@@ -144,7 +144,7 @@ def plan_cards(recipe: Recipe) -> list[Card]:
 
 
 def dry_recipe(recipe: Recipe, cards: Sequence[Card]) -> Recipe:
-    """The recipe with random teachers, nothing to load, two main rounds and one step per phase."""
+    """The recipe with random teachers, nothing to load or to score, two main rounds and one step per phase."""
     given = ("arch", "size", "channels", "mean", "std", "classes")
     teachers = [
         t.model_copy(update={"weights": RANDOM} | {key: getattr(card, key) for key in given})
@@ -155,6 +155,8 @@ def dry_recipe(recipe: Recipe, cards: Sequence[Card]) -> Recipe:
     if isinstance(source, GenerativeSpec) and source.assistant is not None:
         assistant = source.assistant.model_copy(update={"steps": 1, "pretrained": False})
         source = source.model_copy(update={"assistant": assistant})
+    if isinstance(source, StreamSpec | MosaicSpec):
+        source = source.model_copy(update={"selection": None})
     student = recipe.student.model_copy(update={"weights": None, "pretrained": False})
     return recipe.model_copy(update={"teachers": teachers, "rounds": rounds, "source": source, "student": student})
 

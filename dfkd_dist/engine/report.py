@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from dfkd_dist.config import GenerativeSpec, ObjectiveSpec, Recipe
+from dfkd_dist.config import AnyObjectiveSpec, GenerativeSpec, KD3Spec, MosaicSpec, Recipe
 from dfkd_dist.engine.build import Build
 from dfkd_dist.engine.evaluate import AVG_PRED, HIGHEST_CONF, STUDENT, Evaluation, best_teacher
 from dfkd_dist.engine.flops import network_costs
 from dfkd_dist.engine.quality import Quality
+from dfkd_dist.losses.patch import discriminator_weight
 
 SUMMARY = "summary.json"
 
@@ -81,7 +82,9 @@ def accuracies(teachers: Sequence[str], evaluation: Evaluation | None) -> dict[s
     frequent = found.frequent
 
     def entry(voter: str, accuracy: float | None) -> dict[str, Any]:
-        own = {"accuracy": None if evaluation is None else accuracy}
+        own: dict[str, Any] = {"accuracy": None if evaluation is None else accuracy}
+        if voter in found.overlaps:
+            own |= asdict(found.overlaps[voter])
         return own | ({"frequent": frequent[voter]} if voter in frequent else {})
 
     return {
@@ -90,7 +93,8 @@ def accuracies(teachers: Sequence[str], evaluation: Evaluation | None) -> dict[s
         "ensemble": entry(AVG_PRED, found.ensembles.get(AVG_PRED)),
         "highest_confidence": entry(HIGHEST_CONF, found.ensembles.get(HIGHEST_CONF)),
         "best_teacher": None,
-        "student": entry(STUDENT, found.student),
+        "student": entry(STUDENT, found.student)
+        | ({} if found.compensated is None else {"compensated_accuracy": found.compensated}),
     }
 
 
@@ -104,11 +108,15 @@ def formulas(recipe: Recipe) -> dict[str, str]:
             found["generator (warm-up)"] = _sum(source.warmup_weights())
         if source.assistant is not None:
             found["assistant"] = _objective(source.assistant.objective)
+    if isinstance(source, MosaicSpec) and source.discriminator is not None:
+        weight = discriminator_weight(source.discriminator.reduction)
+        found["discriminator"] = _sum({"real": weight, "fake": weight})
     return found
 
 
-def _objective(spec: ObjectiveSpec) -> str:
-    return _sum(spec.weights()) + (f" at temperature {spec.temperature:g}" if spec.kl > 0 else "")
+def _objective(spec: AnyObjectiveSpec) -> str:
+    tempered = not isinstance(spec, KD3Spec) and spec.kl > 0
+    return _sum(spec.weights()) + (f" at temperature {spec.temperature:g}" if tempered else "")
 
 
 def _sum(weights: Mapping[str, float]) -> str:
@@ -124,7 +132,7 @@ def image_passes(
 
     Args:
         recipe: batch sizes and steps.
-        update_steps: inner steps of the source in a round (the first trains generators, the others assistants).
+        update_steps: inner steps of the source in a round.
         rounds: rounds done.
         student_steps: student steps done.
         views: versions of each image that the objective compares.
@@ -133,21 +141,35 @@ def image_passes(
     if not isinstance(source, GenerativeSpec):
         taught = student_steps * recipe.batch * views
         return {STUDENT: taught} | ({"teacher": k * taught} if k else {})
-    inner = [update_steps(round) for round in range(rounds)]
-    made = k * recipe.batch * sum(steps > 0 for steps in inner)
-    mimicked = k * recipe.batch * sum(max(steps - 1, 0) for steps in inner)
-    taught = student_steps * k * (recipe.batch // k)
+    inner, each = [update_steps(round) for round in range(rounds)], k * recipe.batch
+    made = each * sum(steps > 0 for steps in inner)
+    main = sum(steps > 0 for steps in inner[recipe.rounds.warmup :])
+    mimicked = 0 if source.assistant is None else each * source.assistant.steps * main
+    judged, scored = _judged(source, inner, recipe.rounds.warmup)
+    shown = student_steps * k * (recipe.batch // k)
+    taught = shown + (student_steps * source.ood_batch if isinstance(source, MosaicSpec) else 0)
     adv = {True: source.warmup_weights()["adv"], False: source.loss.adv}
     fought = sum(steps > 0 and adv[round < recipe.rounds.warmup] > 0 for round, steps in enumerate(inner))
-    read = k * recipe.batch * fought
+    read = each * fought
     passes = {
-        "generator": made + mimicked + (taught if source.student_images == "fresh" else 0),
+        "generator": made + each * judged + mimicked + (shown if source.student_images == "fresh" else 0),
         "teacher": made + mimicked + k * taught,
         STUDENT: taught + (read if source.adversary.against == "student" else 0),
     }
     if source.assistant is not None:
         passes["assistant"] = mimicked + (read if source.adversary.against == "assistant" else 0)
+    if isinstance(source, MosaicSpec) and source.discriminator is not None:
+        passes["discriminator"] = each * (2 * judged + scored)  # made and real ones, then the generator's
     return passes
+
+
+def _judged(source: GenerativeSpec, inner: Sequence[int], warmup: int) -> tuple[int, int]:
+    """Steps of a discriminator, and of a generator against it."""
+    if not isinstance(source, MosaicSpec) or source.discriminator is None:
+        return 0, 0
+    patch = {True: source.warmup_weights()["patch"], False: source.loss.patch}
+    rounds = [round for round, steps in enumerate(inner) if steps > 0]
+    return len(rounds), sum(patch[round < warmup] > 0 for round in rounds)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -185,28 +207,37 @@ def finite(value: Any) -> Any:
 
 def summary_table(summary: Mapping[str, Any]) -> str:
     """The summary in a few aligned lines: every teacher, the ensembles, the student, and what it took."""
-    rows = [("", "network", "parameters", "accuracy")]
+    measures = {"accuracy": "accuracy"} | ({"miou": "mIoU"} if "miou" in summary["student"] else {})
+    rows = [("", "network", "parameters", *measures.values())]
     networks = summary.get("networks", {})
+
+    def add(title: str, names: tuple[str, str], entry: Mapping[str, Any]) -> None:
+        rows.append((title, *names, *(_percent(entry, measure) for measure in measures)))
+
     for teacher in summary["teachers"]:
-        key = f"teacher/{teacher['name']}"
-        rows.append((f"teacher {teacher['name']}", *_network(teacher, networks.get(key)), _percent(teacher)))
+        add(f"teacher {teacher['name']}", _network(teacher, networks.get(f"teacher/{teacher['name']}")), teacher)
     if summary["teachers"]:
-        rows.append(("ensemble (mean of probabilities)", "", "", _percent(summary["ensemble"])))
+        add("ensemble (mean of probabilities)", ("", ""), summary["ensemble"])
         if "highest_confidence" in summary:
-            rows.append(("ensemble (most confident)", "", "", _percent(summary["highest_confidence"])))
-    rows.append(("student", *_network(summary["student"], networks.get(STUDENT)), _percent(summary["student"])))
-    widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    lines = [f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}".rstrip() for a, b, c, d in rows]
-    return "\n".join([*lines, *_closing(summary)])
+            add("ensemble (most confident)", ("", ""), summary["highest_confidence"])
+    add("student", _network(summary["student"], networks.get(STUDENT)), summary["student"])
+    return "\n".join([*_aligned(rows), *_closing(summary)])
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Names to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = "<<" + ">" * (len(widths) - 2)
+    return ["  ".join(f"{cell:{s}{w}}" for cell, s, w in zip(row, sides, widths, strict=True)).rstrip() for row in rows]
 
 
 def _network(entry: Mapping[str, Any], cost: Mapping[str, Any] | None) -> tuple[str, str]:
     return entry.get("arch", ""), f"{cost['parameters']:,}" if cost else ""
 
 
-def _percent(entry: Mapping[str, Any]) -> str:
-    accuracy = entry["accuracy"]
-    return "-" if accuracy is None else f"{accuracy:.2f} %"
+def _percent(entry: Mapping[str, Any], measure: str) -> str:
+    value = entry.get(measure)
+    return "-" if value is None else f"{value:.2f} %"
 
 
 def _closing(summary: Mapping[str, Any]) -> list[str]:
@@ -216,8 +247,9 @@ def _closing(summary: Mapping[str, Any]) -> list[str]:
         overall = quality["overall"]
         if overall["images"]:
             agreement, divergence = overall["agreement"], overall["kl"]
+            whose = "the pixels of " if quality.get("of_pixels") else ""
             lines.append(
-                f"student agrees with the ensemble on {agreement:.2f} % of {overall['images']:,} {name} images "
+                f"student agrees with the ensemble on {agreement:.2f} % of {whose}{overall['images']:,} {name} images "
                 f"(KL {divergence:.4f})"
             )
     ranks = summary["world_size"]

@@ -113,6 +113,9 @@ class Trainer:
                 with self.meters.time("exchange"):
                     batch = self.source.batch(at.round, at.student)
                     answers = self.exchange.answers(batch)
+                if at.student == 0 and self.side.compensation is not None:
+                    with self.meters.time("compensation"):
+                        self.side.compensation.update(at.round, batch, answers)
                 with self.meters.time("student", batch.count):
                     with self.autocast():
                         losses = self.side(batch, answers)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dfkd_dist.config import AugmentSpec
-from dfkd_dist.data.augment import augment, num_uniforms
+from dfkd_dist.data.augment import augment, augment_labels, num_uniforms, windows
 from dfkd_dist.data.datasets import ImageSet, to_image_space
 from dfkd_dist.losses.weighted import Losses
 from dfkd_dist.models.network import ImageNetwork
@@ -37,6 +37,7 @@ class LabelledSource:
         dtype: of the images.
         device: where they go.
         exchange: has the teachers answer, where there are any (distillation on the original data).
+        crop: side of the random windows that are taken of the images; None takes them whole.
 
     Raises:
         ValueError: fewer images than one batch.
@@ -55,12 +56,13 @@ class LabelledSource:
         dtype: torch.dtype,
         device: torch.device,
         exchange: Exchange | None = None,
+        crop: int | None = None,
     ) -> None:
         if len(indices) < batch:
             raise ValueError(f"batch is {batch}, but the training share has only {len(indices)} images")
         self.images, self.indices, self.size, self.world = images, indices, batch, world
         self.randomness, self.augment_spec, self.dtype, self.device = randomness, augment_spec, dtype, device
-        self.exchange = exchange
+        self.exchange, self.crop = exchange, crop
         self.per_epoch = len(indices) // batch
         self._order: tuple[int, Tensor] = (-1, indices)
 
@@ -86,16 +88,23 @@ class LabelledSource:
         low, high = bounds(self.size, self.world.size, self.world.rank)
         chosen = self._shuffled(epoch)[g * self.size + low : g * self.size + high]
         images_NCHW = to_image_space(self.images.images(chosen).to(self.device), self.dtype)
+        labels_N = self.images.labels(chosen).to(self.device)
         slots = torch.arange(low, high, device=self.device)
+        if self.crop is not None:
+            places_N2 = self.randomness.uniform("crop/labelled", slots, (2,), round=round, dtype=torch.float64)
+            images_NCHW = windows(images_NCHW, places_N2, self.crop)
+            if self.images.of_pixels:
+                labels_N = windows(labels_N.unsqueeze(1), places_N2, self.crop).squeeze(1)
         wanted = num_uniforms(self.augment_spec)
         if wanted:
             uniforms_NP = self.randomness.uniform("augment/labelled", slots, (wanted,), round=round, dtype=self.dtype)
             images_NCHW = augment(images_NCHW, uniforms_NP, self.augment_spec)
+            if self.images.of_pixels:
+                labels_N = augment_labels(labels_N, uniforms_NP, self.augment_spec)
         batch = Batch(images_NCHW, self.size)
         if self.exchange is not None:
             batch = self.exchange.own(images_NCHW, -(-self.size // self.world.size), self.size)
-        labels_N, ids_N = self.images.labels_N[chosen].to(self.device), chosen.to(self.device)
-        return replace(batch, labels_N=labels_N, ids_N=ids_N, slots_N=slots, at=(round, step))
+        return replace(batch, labels_N=labels_N, ids_N=chosen.to(self.device), slots_N=slots, at=(round, step))
 
     def _shuffled(self, epoch: int) -> Tensor:
         """The share's positions in the order of an epoch; the last epoch's is kept."""

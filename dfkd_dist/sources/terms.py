@@ -1,4 +1,4 @@
-"""The terms a generator minimises, by name: a row of DFMF's Table 1 is a row of weights over these."""
+"""The terms a generator minimises, by name: a row of DFMF's Table 1 (or MosaicKD) is a row of weights over these."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dfkd_dist.config import AdversarySpec, BNTermSpec
-from dfkd_dist.losses import activation, adversarial, entropy, statistics
+from dfkd_dist.config import AdversarySpec, BNTermSpec, DiscriminatorSpec
+from dfkd_dist.losses import activation, adversarial, distillation, entropy, patch, statistics
 from dfkd_dist.losses.weighted import global_mean
 from dfkd_dist.models.signals import BN, FEATURES, LOGITS, LayerStatistics, Need, Signals
 from dfkd_dist.parallel.group import Group
@@ -21,8 +21,8 @@ ADVERSARIAL: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "kl": adversarial.kl,
     "masked_kl": adversarial.masked_kl,
     "l1": lambda teacher, other, _: adversarial.l1(teacher, other),
-    "log_l1": lambda teacher, other, _: adversarial.log_l1(teacher, other),
 }
+"""Forms that are per-sample; `log_l1` couples the batch."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class GeneratorStep:
         count: images over the whole row.
         sync: the group whose images count as one batch.
         replicas: ranks of the row.
+        scores: a discriminator's scores of the images' patches, or None.
     """
 
     teacher: Signals
@@ -42,6 +43,7 @@ class GeneratorStep:
     count: int
     sync: Group
     replicas: int
+    scores: Tensor | None = None
 
     def mean(self, values_N: Tensor) -> Tensor:
         """Local sum over the global count."""
@@ -54,11 +56,16 @@ def need_of(weights: Mapping[str, float]) -> Need:
     return frozenset({LOGITS}).union(*wanted)
 
 
-def generator_terms(step: GeneratorStep, bn: BNTermSpec, adversary: AdversarySpec) -> dict[str, Callable[[], Tensor]]:
+def generator_terms(
+    step: GeneratorStep,
+    bn: BNTermSpec,
+    adversary: AdversarySpec,
+    discriminator: DiscriminatorSpec | None = None,
+) -> dict[str, Callable[[], Tensor]]:
     """Name to a function that computes the term (`losses.weighted` calls those with a weight).
 
-    Per-sample terms are local sums over the global count; `bn` and `bce` are batch-coupled and stand in as this rank's
-    share of the global term, so the row's losses add up to DFMF Eqs. 3, 5 and 6.
+    Per-sample terms are local sums over the global count; `bn`, `bce` and DFAD's `log_l1` are batch-coupled and stand
+    in as this rank's share of the global term, so the row's losses add up to DFMF Eqs. 3, 5 and 6.
     """
 
     def shared(term: Tensor) -> Tensor:
@@ -66,11 +73,17 @@ def generator_terms(step: GeneratorStep, bn: BNTermSpec, adversary: AdversarySpe
 
     def adv() -> Tensor:
         assert step.other_NC is not None
+        if adversary.form == "log_l1":
+            return shared(adversarial.log_l1(_mean_l1(step, step.other_NC)))
         return step.mean(ADVERSARIAL[adversary.form](step.teacher.logits_NC, step.other_NC, adversary.temperature))
 
     def act() -> Tensor:
         assert step.teacher.features_ND is not None
         return step.mean(activation.activation(step.teacher.features_ND))
+
+    def fooled() -> Tensor:
+        assert step.scores is not None and discriminator is not None
+        return step.mean(patch.generator(step.scores, discriminator.form, discriminator.reduction))
 
     return {
         "bn": lambda: shared(statistics.bn_loss(_global_layers(step), form=bn.form, channels=bn.channels)),
@@ -79,6 +92,7 @@ def generator_terms(step: GeneratorStep, bn: BNTermSpec, adversary: AdversarySpe
         "bce": lambda: shared(entropy.negative_batch_entropy(_mean_probabilities(step))),
         "act": act,
         "adv": adv,
+        "patch": fooled,
     }
 
 
@@ -92,8 +106,15 @@ def _global_layers(step: GeneratorStep) -> list[LayerStatistics]:
 
 
 def _mean_probabilities(step: GeneratorStep) -> Tensor:
-    """`[C]`: the mean over the images of `sync` (a rank's own count where it stands alone)."""
-    logits_NC = step.teacher.logits_NC
-    wide_NC = logits_NC if logits_NC.element_size() == 8 else logits_NC.float()
-    count = step.count if step.sync.size == step.replicas else len(logits_NC)
-    return sum_own(wide_NC.softmax(dim=1).sum(dim=0), step.sync) / count
+    """`[C]`: the mean over the images of `sync`, and over their pixels where these have classes of their own."""
+    return sum_own(entropy.summed_probs(step.teacher.logits_NC), step.sync) / _batch(step)
+
+
+def _mean_l1(step: GeneratorStep, other_NC: Tensor) -> Tensor:
+    """DFAD's discrepancy: the mean over the images of `sync`, a scalar."""
+    return sum_own(distillation.l1(step.teacher.logits_NC, other_NC).sum(), step.sync) / _batch(step)
+
+
+def _batch(step: GeneratorStep) -> int:
+    """Images of `sync`: the row's, or a rank's own where it stands alone."""
+    return step.count if step.sync.size == step.replicas else max(len(step.teacher.logits_NC), 1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dfkd_dist.config import AdversarySpec, BNTermSpec, GeneratorLossSpec
+from dfkd_dist.config import AdversarySpec, BNTermSpec, DiscriminatorSpec, MosaicLossSpec
 from dfkd_dist.models.signals import BN, FEATURES, LOGITS, LayerStatistics, Signals
 from dfkd_dist.parallel.group import ALONE, Group
 from dfkd_dist.parallel.statistics import Moments, combine_moments, pooled, share_of, sum_own
@@ -31,7 +31,8 @@ def _step(sync: Group = ALONE, replicas: int = 1, count: int = N) -> GeneratorSt
         for m in maps
     ]
     teacher = Signals(2 * _random(N, C, seed=1), _random(N, D, seed=2), bn=layers)
-    return GeneratorStep(teacher, 2 * _random(N, C, seed=3), count, sync, replicas)
+    scores = 2 * _random(N, 1, 3, 3, seed=4)
+    return GeneratorStep(teacher, 2 * _random(N, C, seed=3), count, sync, replicas, scores)
 
 
 def _softmax(logits_NC: Tensor, tau: float = 1.0) -> Tensor:
@@ -39,16 +40,18 @@ def _softmax(logits_NC: Tensor, tau: float = 1.0) -> Tensor:
     return e / e.sum(1, keepdim=True)
 
 
-def _naive(step: GeneratorStep, bn: BNTermSpec, adversary: AdversarySpec) -> dict[str, Tensor]:
-    """DFMF Eqs. 3 and 5 (and DAFL's terms) as printed, on a whole batch."""
+def _naive(step: GeneratorStep, bn: BNTermSpec, adversary: AdversarySpec, game: DiscriminatorSpec) -> dict[str, Tensor]:
+    """DFMF Eqs. 3 and 5 (and DAFL's terms, and MosaicKD Eq. 4's first) as printed, on a whole batch."""
     z, a, tau = step.teacher.logits_NC, step.other_NC, adversary.temperature
-    assert a is not None and step.teacher.features_ND is not None
+    assert a is not None and step.teacher.features_ND is not None and step.scores is not None
+    d = 1 / (1 + (-step.scores).exp())
+    fooled_N = (-d.log() if game.form == "non_saturating" else (1 - d).log()).flatten(1).sum(1)
     p, mean_p = _softmax(z), _softmax(z).mean(0)
     pt, qt = _softmax(z, tau), _softmax(a, tau)
     kl_N = (pt * (pt / qt).log()).sum(1)
     l1_N = (z - a).abs().mean(1)
     same_N = (z.argmax(1) == a.argmax(1)).double()
-    forms = {"kl": kl_N, "l1": l1_N, "log_l1": (l1_N + 1).log(), "masked_kl": kl_N * same_N}
+    forms = {"kl": kl_N, "l1": l1_N, "log_l1": (l1_N.mean() + 1).log(), "masked_kl": kl_N * same_N}
     total = torch.zeros((), dtype=torch.float64)
     for s in step.teacher.bn:
         if bn.form == "l2":
@@ -64,6 +67,7 @@ def _naive(step: GeneratorStep, bn: BNTermSpec, adversary: AdversarySpec) -> dic
         "bce": (mean_p * mean_p.log()).sum(),
         "act": -step.teacher.features_ND.abs().mean(1).mean(),
         "adv": -forms[adversary.form].mean(),
+        "patch": fooled_N.mean() / (9 if game.reduction == "mean" else 1),
     }
 
 
@@ -75,8 +79,11 @@ def test_every_term_as_printed(form: Any, channels: Any, adversary: Any, tempera
     step = _step()
     bn = BNTermSpec(form=form, channels=channels)
     game = AdversarySpec(against="student", form=adversary, temperature=temperature)
-    terms, expected = generator_terms(step, bn, game), _naive(step, bn, game)
-    assert terms.keys() == expected.keys() == GeneratorLossSpec().weights().keys()
+    patches = DiscriminatorSpec(
+        form="saturating" if channels == "sum" else "non_saturating", reduction="sum" if form == "l2" else "mean"
+    )
+    terms, expected = generator_terms(step, bn, game, patches), _naive(step, bn, game, patches)
+    assert terms.keys() == expected.keys() == MosaicLossSpec().weights().keys()
     for name, compute in terms.items():
         assert compute().item() == pytest.approx(expected[name].item(), abs=1e-10), name
 
@@ -88,9 +95,9 @@ def test_what_the_terms_want_of_the_teacher() -> None:
 
 
 def test_a_divided_step_counts_the_whole_row() -> None:
-    half = generator_terms(_step(count=2 * N), BNTermSpec(), AdversarySpec(against="student"))
-    whole = generator_terms(_step(), BNTermSpec(), AdversarySpec(against="student"))
-    for name in ("ice", "oh", "act", "adv"):
+    game = BNTermSpec(), AdversarySpec(against="student"), DiscriminatorSpec()
+    half, whole = generator_terms(_step(count=2 * N), *game), generator_terms(_step(), *game)
+    for name in ("ice", "oh", "act", "adv", "patch"):
         assert half[name]().item() == pytest.approx(whole[name]().item() / 2, abs=1e-12)
 
 
