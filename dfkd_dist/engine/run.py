@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,7 +53,8 @@ def run(
     with Heartbeats(facts) as heartbeats, StopFlag() as stop_flag:
         try:
             session = _Session(recipe, facts, place, stop_flag, resume=resume, overwrite=overwrite)
-            return 0, session.go()
+            with closing(session.build.trainer.source):
+                return 0, session.go()
         except Stopped as stopped:
             log.warning("%s (%s); resume with --resume", stopped, stop_flag.signal)
             return EXIT_STOPPED, None

@@ -172,6 +172,8 @@ def _log_gamma_draws(key: tuple[int, int], indices_N: Tensor, shape: float, roun
     raised = shape + 1.0 if shape < 1.0 else shape
     d = raised - 1.0 / 3.0
     out = torch.empty(len(indices_N), dtype=torch.float64, device=indices_N.device)
+    if out.is_meta:
+        return out  # without data no attempt would ever be accepted
     todo = torch.arange(len(indices_N), device=indices_N.device)
     attempt = 0
     while len(todo) > 0:

@@ -22,6 +22,36 @@ def gather_own(tensor: Tensor, group: Group) -> list[Tensor]:
     return parts
 
 
+def gather_rows(rows_NF: Tensor, group: Group, padded: int | None = None) -> tuple[Tensor, Tensor]:
+    """Every member's rows, member after member; only this rank's own ones carry gradient.
+
+    Members may hold unequal numbers of rows, or none; each is filled up with zeros.
+
+    Args:
+        rows_NF: this rank's.
+        group: who shares them.
+        padded: the same number on all members, at least the largest number of rows; None asks them for it, which
+            waits for the device.
+
+    Returns:
+        Rows `[M, F]`, and which of them some member gave, bool `[M]`.
+
+    Raises:
+        ValueError: more rows than `padded`.
+    """
+    given = len(rows_NF)
+    if group.size == 1:
+        return rows_NF, torch.ones(given, dtype=torch.bool, device=rows_NF.device)
+    if padded is None:
+        padded = int(group.all_reduce_max(torch.tensor(given, device=rows_NF.device)))
+    if given > padded:
+        raise ValueError(f"{given} rows do not fit in a block of {padded}")
+    marked = torch.cat([rows_NF, rows_NF.new_ones(given, 1)], dim=1)
+    filled = torch.cat([marked, marked.new_zeros(padded - given, marked.shape[1])])
+    everyone = torch.cat(gather_own(filled, group))
+    return everyone[:, :-1], everyone[:, -1].detach() > 0
+
+
 def sum_own(tensor: Tensor, group: Group) -> Tensor:
     """Sum over the group in rank order (so it is bit-equal on all ranks); gradient flows to the own part alone."""
     return torch.stack(gather_own(tensor, group)).sum(dim=0) if group.size > 1 else tensor

@@ -65,6 +65,10 @@ class Source(Protocol):
         """Images that inner step `step` of a round takes on all ranks together, for throughput."""
         ...
 
+    def close(self) -> None:
+        """The run is over: end what reads ahead."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """What must survive inside a round besides the players, by names of the source's own.
 

@@ -261,6 +261,9 @@ class GenerativeSource:
 
     # ----------------------------------------------------------------------------------------- state
 
+    def close(self) -> None:
+        """Nothing reads ahead."""
+
     def state_dict(self) -> dict[str, Any]:
         """Images kept between a generator step and the student's (`from_update`), whole, so any ranks can resume."""
         return {name: self._whole(part).cpu() for name, part in self._made.items()}

@@ -117,6 +117,9 @@ class LabelledSource:
         """One: a round is a step."""
         return 1
 
+    def close(self) -> None:
+        """Nothing reads ahead."""
+
     def state_dict(self) -> dict[str, Any]:
         """The order is a function of (seed, epoch): nothing to keep."""
         return {}

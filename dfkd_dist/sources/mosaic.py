@@ -223,6 +223,12 @@ class MosaicSource(GenerativeSource):
             return own
         return own | {SELECTION: self.selector.state_dict()}
 
+    def close(self) -> None:
+        """End the reading processes."""
+        for reader in (self.patches, self.beside):
+            if reader is not None:
+                reader.stream.close()
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what `state_dict` gave."""
         super().load_state_dict(state)

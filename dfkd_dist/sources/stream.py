@@ -80,10 +80,10 @@ class StreamReader:
             raw = self.stream.get(epoch, g)
         except (DatasetError, OSError, RuntimeError) as error:  # the others wait for this rank's count
             failure = error
-        here = torch.tensor([0 if raw is None else int(raw.valid_N.sum()), int(raw is None)])
+        count, failed = 0 if raw is None else int(raw.valid_N.sum()), int(raw is None)
         if self.group.size > 1:
-            here = self.group.sum_(here.to(self.group.device_type)).cpu()
-        count, failed = here.tolist()
+            told = torch.tensor([count, failed], device=self.group.device_type)
+            count, failed = self.group.sum_(told).tolist()
         if failure is not None:
             raise failure
         if failed:
@@ -191,6 +191,10 @@ class StreamSource:
             self._choose(self.selector.chosen(round), round)
 
     # ----------------------------------------------------------------------------------------- state
+
+    def close(self) -> None:
+        """End the reading processes."""
+        self.reader.stream.close()
 
     def state_dict(self) -> dict[str, Any]:
         """The present choice; the order is a function of (seed, epoch)."""
