@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dfkd_dist.models.network import ImageNetwork, Preprocess
 from dfkd_dist.models.registry import build_network
+from dfkd_dist.models.shared_classifier import project
 from dfkd_dist.models.weights import WeightsError, load_weights, save_weights
 
 Check = Callable[[Any], bool]
@@ -44,6 +46,7 @@ VALUES: dict[str, tuple[str, Check]] = {
     "std": ("a list of numbers", _listed(_number)),
     "classes": ("a list of names, or null", _or_null(_listed(lambda item: isinstance(item, str)))),
     "frequent": ("a list of class numbers, or null", _or_null(_listed(lambda item: type(item) is int and item >= 0))),
+    "features": ("a number of at least 1, or null", _or_null(_count)),
     "about": ("a mapping", lambda value: isinstance(value, dict)),
 }
 """What a card's JSON may say, in words and as a check."""
@@ -62,6 +65,8 @@ class Card:
         std: per channel, in [0, 1] units.
         classes: class names in the order of its logits, or None.
         frequent: classes its party had plenty of (DFMF's IBL split), or None.
+        features: width of its classifier's input, where a projector stands before it (a student in front of a
+            teacher's classifier); None where the network is as its name says.
     """
 
     arch: str
@@ -72,6 +77,7 @@ class Card:
     std: Sequence[float]
     classes: Sequence[str] | None = None
     frequent: Sequence[int] | None = None
+    features: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse a normalisation that does not fit the channels (ValueError names the key)."""
@@ -84,11 +90,16 @@ class Card:
 
     def build(self, pretrained: bool = False) -> nn.Module:
         """A fresh network of this kind."""
-        return build_network(self.arch, num_classes=self.num_classes, in_channels=self.channels, pretrained=pretrained)
+        network = build_network(
+            self.arch, num_classes=self.num_classes, in_channels=self.channels, pretrained=pretrained
+        )
+        if self.features is not None:
+            project(network, self.features, torch.zeros(2, self.channels, self.size, self.size))
+        return network
 
-    def preprocess(self) -> Preprocess:
-        """From image space to its input."""
-        return Preprocess(self.size, self.channels, self.mean, self.std)
+    def preprocess(self, canonical: int | None = None) -> Preprocess:
+        """From image space to its input; `canonical` is the side of a run's images, null the network's own."""
+        return Preprocess(self.size, self.channels, self.mean, self.std, canonical)
 
 
 def read_card(weights: str | Path) -> dict[str, Any]:
