@@ -1,6 +1,7 @@
 """The typed recipe: its schema, and reading it from YAML."""
 
 from dfkd_dist.config.base import Spec
+from dfkd_dist.config.compensation import KDCISpec
 from dfkd_dist.config.generative import (
     AdversarySpec,
     AssistantSpec,
@@ -10,8 +11,28 @@ from dfkd_dist.config.generative import (
     GeneratorSpec,
 )
 from dfkd_dist.config.images import AugmentSpec, DatasetSpec, EvaluationSpec, LabelledSpec, SplitSpec
+from dfkd_dist.config.inversion import (
+    HARVEST,
+    SYNTHESIS,
+    AnySynthesisSpec,
+    CompetitionSpec,
+    DeepInversionLossSpec,
+    DeepInversionSpec,
+    InversionSpec,
+    PoolSpec,
+    StageSpec,
+)
+from dfkd_dist.config.kd3 import KD3Spec
+from dfkd_dist.config.mosaic import DiscriminatorSpec, MosaicLossSpec, MosaicSpec
 from dfkd_dist.config.networks import ImageSpec, StudentSpec, TeacherSpec
-from dfkd_dist.config.objectives import ObjectiveSpec
+from dfkd_dist.config.objectives import (
+    AnyObjectiveSpec,
+    ContrastSpec,
+    FitNetSpec,
+    NoisySpec,
+    ObjectiveSpec,
+    SSKDSpec,
+)
 from dfkd_dist.config.reading import (
     RecipeError,
     apply_override,
@@ -37,31 +58,50 @@ from dfkd_dist.config.training import (
 
 __all__ = [
     "AdversarySpec",
+    "AnyObjectiveSpec",
+    "AnySynthesisSpec",
     "AssistantSpec",
     "AugmentSpec",
     "BNTermSpec",
     "CacheSpec",
     "CheckpointSpec",
+    "CompetitionSpec",
+    "ContrastSpec",
     "DatasetSpec",
+    "DeepInversionLossSpec",
+    "DeepInversionSpec",
+    "DiscriminatorSpec",
     "EvaluationSpec",
+    "FitNetSpec",
     "GenerativeSpec",
     "GeneratorLossSpec",
     "GeneratorSpec",
+    "HARVEST",
     "ImageSpec",
+    "InversionSpec",
+    "KD3Spec",
+    "KDCISpec",
     "LabelledSpec",
     "LogSpec",
     "MeshSpec",
+    "MosaicLossSpec",
+    "MosaicSpec",
+    "NoisySpec",
     "ObjectiveSpec",
     "OptimizerSpec",
+    "PoolSpec",
     "PrecisionSpec",
     "Recipe",
     "ReaderSpec",
     "RecipeError",
     "RoundsSpec",
+    "SSKDSpec",
+    "SYNTHESIS",
     "ScheduleSpec",
     "SelectionSpec",
     "Spec",
     "SplitSpec",
+    "StageSpec",
     "StreamSpec",
     "StudentSpec",
     "TeacherSpec",
