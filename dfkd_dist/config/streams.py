@@ -23,7 +23,7 @@ class ReaderSpec(Spec):
     """How a set of shards is read."""
 
     shards: str
-    """The folder or URL of a shard set, or its manifest."""
+    """The folder or URL of a shard set, or its manifest; ffcv: a file that `dfkd shards compile` wrote."""
     kind: Literal["tar", "ffcv"] = "tar"
     workers: CountOrZero = 2
     """Processes that read and decode for each rank; 0 reads in the rank itself."""
@@ -37,11 +37,17 @@ class ReaderSpec(Spec):
     retries: CountOrZero = 5
     """Further tries of a remote read that failed, with growing waits."""
     timeout_s: Positive = 30.0
-    """After so many seconds without data a remote read counts as failed."""
+    """A remote request (of at most 4 MiB) that takes longer has failed; so has a command that is silent for so long."""
     pixel_limit: Count = 2**26
     """Largest height x width that is decoded."""
     bad_limit: Fraction = 0.01
     """A larger share of unreadable samples (of those asked for, once there are a hundred) stops the run."""
+
+    @model_validator(mode="after")
+    def _cache_is_for_tars(self) -> ReaderSpec:
+        if self.kind == "ffcv" and self.cache is not None:
+            raise ValueError("cache is a key of kind: tar; a compiled file lies on this machine already")
+        return self
 
 
 class SelectionSpec(Spec):

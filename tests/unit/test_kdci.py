@@ -1,20 +1,24 @@
 """KDCI: the dictionary against scikit-learn, the compensation against Eqs. 4 and 5 in plain loops."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 
 from dfkd_dist.compensation import dictionary
 from dfkd_dist.compensation.dictionary import Features, cluster, cluster_pieces
 from dfkd_dist.compensation.kdci import KDCI
-from dfkd_dist.config import KDCISpec
+from dfkd_dist.config import KDCISpec, Recipe, RecipeError, parse
+from dfkd_dist.engine.run import run
 from dfkd_dist.models.signals import Batch, Signals
 from dfkd_dist.parallel.group import ALONE
 from dfkd_dist.parallel.randomness import Randomness
+from tests import recipes
 
 CLASSES = 5
 
@@ -191,3 +195,42 @@ def test_another_networks_features_are_mapped_to_the_runs_classes() -> None:
     one.update(0, Batch(torch.randn(12, 2, dtype=torch.float64), 12), [])
     assert one(torch.zeros(2, CLASSES, dtype=torch.float64)).shape == (2, CLASSES)
     assert one.mapping is not None and one.prototypes_Nd.shape == (3, 9)
+
+
+# ---------------------------------------------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"compensation": {"kind": "kdci", "size": 12}}, "compensation.size is 12, but a batch has only 11 images"),
+        (
+            {
+                "objective": {"kind": "kd3"},
+                "source": {"kind": "stream", "reader": {"shards": "x"}},
+                "rounds": {"warmup": 0, "main": 1},
+            },
+            "compares none",
+        ),
+        ({"compensation": {"kind": "kdc"}}, "kdci"),
+    ],
+)
+def test_what_cannot_be_compensated_is_refused_with_the_reason(changes: dict, said: str) -> None:
+    tree = recipes.base(recipes.random_teachers(1), compensation={"kind": "kdci"})
+    tree["source"]["loss"] = {"bce": 1.0}
+    tree |= {key: value for key, value in changes.items()}
+    with pytest.raises(RecipeError, match=said):
+        parse(Recipe, tree)
+
+
+def test_a_run_reports_the_plain_and_the_compensated_student(tmp_path: Path) -> None:
+    compensation = {"kind": "kdci", "size": 4, "hidden": 5}
+    tree = recipes.dfq(recipes.random_teachers(2), compensation=compensation, out=str(tmp_path / "run"))
+    dataset = recipes.labelled(tmp_path)["source"]["dataset"] | {"channels": 3, "val_fraction": 0.0}
+    tree |= {"evaluation": {"dataset": dataset}, "log": {"grids": False}}
+    tree["rounds"] = {"warmup": 1, "main": 2, "student_steps": 2}
+    code, summary = run(parse(Recipe, tree))
+    assert code == 0 and summary is not None
+    assert {"accuracy", "compensated_accuracy"} <= summary["student"].keys()
+    exported = load_file(tmp_path / "run" / "student.safetensors")
+    assert not any("compensation" in name for name in exported)
