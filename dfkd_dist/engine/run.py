@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from dfkd_dist.config import Recipe
+from dfkd_dist.data.stream.quarantine import FILE as QUARANTINE
 from dfkd_dist.engine import evaluate, export, figures, quality, report
 from dfkd_dist.engine.build import Build, build
 from dfkd_dist.engine.checkpoint import CheckpointError
@@ -37,8 +38,17 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     device: str = "auto",
+    session: type[Session] | None = None,
 ) -> tuple[int, dict[str, Any] | None]:
     """Run a recipe on this rank; every rank of the launch calls it.
+
+    Args:
+        recipe: what to run.
+        facts: from the launcher; None asks for them.
+        resume: go on from the newest whole checkpoint.
+        overwrite: delete an earlier run in the same directory.
+        device: `auto`, `cpu` or `cuda`.
+        session: other steps than those of a training run.
 
     Returns:
         The process's exit code (0, EXIT_STOPPED or EXIT_NONFINITE), and the summary where the run came to its end.
@@ -52,9 +62,9 @@ def run(
     place = join(facts, timeout_s=COLLECTIVE_TIMEOUT_S, device=device)
     with Heartbeats(facts) as heartbeats, StopFlag() as stop_flag:
         try:
-            session = _Session(recipe, facts, place, stop_flag, resume=resume, overwrite=overwrite)
-            with closing(session.build.trainer.source):
-                return 0, session.go()
+            going = (session or Session)(recipe, facts, place, stop_flag, resume=resume, overwrite=overwrite)
+            with closing(going.build.trainer.source):
+                return 0, going.go()
         except Stopped as stopped:
             log.warning("%s (%s); resume with --resume", stopped, stop_flag.signal)
             return EXIT_STOPPED, None
@@ -74,7 +84,7 @@ def run(
             leave()
 
 
-class _Session:
+class Session:
     """The steps of one run, in order."""
 
     def __init__(
@@ -90,6 +100,8 @@ class _Session:
         self.recipe, self.resume, self.first = recipe, resume, facts.rank == 0
         self.everyone = world_group(facts.rank, facts.world_size)
         self.path: Path = self._on_first(lambda: check_run(recipe, resume=resume, overwrite=overwrite))
+        if overwrite:  # the readers of a stream would go on with the list of the earlier run
+            self._on_first(lambda: (self.path / QUARANTINE).unlink(missing_ok=True))
         self.build: Build = build(recipe, device, facts.world_size, stop_flag)
         agreed(self.everyone, lambda: evaluate.check_set(self.build))
         self._on_first(lambda: create_run(self.path, recipe, overwrite=overwrite))

@@ -28,7 +28,18 @@ PACKAGES = (
     "timm",
 )
 
-CHANGEABLE = ("mesh.rows", "checkpoint", "log", "evaluation", "out", "about")
+CHANGEABLE = (
+    "mesh.rows",
+    "checkpoint",
+    "log",
+    "evaluation",
+    "out",
+    "about",
+    "source.reader.workers",
+    "source.reader.prefetch",
+    "source.reader.cache",
+    "source.selection.cache",
+)
 """Keys (and what is below them) that may differ when a run is resumed: they do not change what is learned."""
 
 _ABSENT = "absent"

@@ -138,7 +138,7 @@ def test_resuming_with_another_recipe_names_the_keys(
     with pytest.raises(RunDirError) as refused:
         start(recipe(tmp_path / "run", **changes), resume=True)
     assert f"--resume with another recipe: {named}" in str(refused.value)
-    assert "may differ: mesh.rows, checkpoint, log, evaluation, out, about" in str(refused.value)
+    assert "may differ: mesh.rows, checkpoint, log, evaluation, out, about, " in str(refused.value)
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "", "a: [", None])
