@@ -1,4 +1,4 @@
-"""`dfkd shards build | verify | info`: sets of WebDataset shards."""
+"""`dfkd shards build | verify | info | compile`: sets of WebDataset shards, and FFCV files of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dfkd_dist.data.compiled.about import Compiled
+    from dfkd_dist.data.compiled.file import Storing
 
 FOUND = 1
 """The exit code of `verify` when something is wrong."""
@@ -13,7 +18,7 @@ FOUND = 1
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the commands to the parser of `dfkd`."""
-    shards = commands.add_parser("shards", help="sets of WebDataset shards: build, verify, look at them")
+    shards = commands.add_parser("shards", help="sets of WebDataset shards: build, verify, look at, compile")
     actions = shards.add_subparsers(required=True, metavar="ACTION")
     _add_build(actions.add_parser("build", help="shards out of a folder, .npz, torchvision set, list or tars"))
     verify = actions.add_parser("verify", help="find missing or damaged shards and images that cannot be decoded")
@@ -31,6 +36,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     info.add_argument("--seed", type=int, help="choose the sheet's images at random; default: spread evenly")
     info.add_argument("--json", action="store_true", help="print JSON")
     info.set_defaults(act=_info)
+    _add_compile(actions.add_parser("compile", help="one FFCV file of a set, a selection or an image set"))
 
 
 def _add_build(build: argparse.ArgumentParser) -> None:
@@ -59,6 +65,25 @@ def _add_build(build: argparse.ArgumentParser) -> None:
     build.add_argument("--workers", type=int, metavar="N", help="processes; default: one for each core, at most 8")
     build.add_argument("--overwrite", action="store_true", help="replace an earlier build in OUT")
     build.set_defaults(act=_build)
+
+
+def _add_compile(compile: argparse.ArgumentParser) -> None:
+    compile.add_argument("shards", nargs="?", help="the folder or URL of a set, or its manifest; or give --data")
+    compile.add_argument("out", type=Path, help="the file to write, NAME.beton; NAME.beton.json says what it is")
+    what = compile.add_argument_group("what is compiled")
+    what.add_argument("--selection", metavar="FILE", help="only what this file of `dfkd select` names")
+    what.add_argument("--size", type=int, help="side of the square images, in pixels")
+    what.add_argument("--channels", type=int, choices=[1, 3], help="default 3")
+    what.add_argument("--bad-limit", type=float, default=0.01, metavar="SHARE", help="of undecodable images, at most")
+    what.add_argument("--data", nargs="+", metavar="key=value", default=[], help="a labelled image set (kind=...)")
+    what.add_argument("--split", choices=["train", "val", "test"], default="test", help="of --data; default test")
+    storing = compile.add_argument_group("how images are stored")
+    storing.add_argument("--mode", choices=["raw", "jpg", "proportion"], default="raw", help="raw keeps every pixel")
+    storing.add_argument("--quality", type=int, default=90, help="of jpg; default 90")
+    storing.add_argument("--share", type=float, default=0.5, help="proportion: how many become jpg; default 0.5")
+    compile.add_argument("--workers", type=int, metavar="N", help="processes; default: one for each core, at most 8")
+    compile.add_argument("--overwrite", action="store_true", help="replace OUT")
+    compile.set_defaults(act=_compile)
 
 
 def _build(given: argparse.Namespace) -> int:
@@ -134,6 +159,64 @@ def _info(given: argparse.Namespace) -> int:
     if given.sheet is not None:
         sheet(given.shards, given.sheet, images=given.images, side=given.side, seed=given.seed)
     return 0
+
+
+def _compile(given: argparse.Namespace) -> int:
+    if (given.shards is None) == (not given.data):
+        raise ValueError("give either a set of shards or --data")
+    made = _compiled_images(given) if given.data else _compiled_shards(given)
+    about = made.about
+    left = f", {len(about.bad):,} could not be decoded" if about.bad else ""
+    print(f"{about.count:,} images of {about.size} px, {about.bytes / 1e6:,.1f} MB{left}: {made.path}")
+    return 0
+
+
+def _compiled_shards(given: argparse.Namespace) -> Compiled:
+    from dfkd_dist.data.compiled.write import compile_shards
+
+    if given.size is None or given.size < 1:
+        raise ValueError(f"--size: found {given.size}, allowed are 1 and more; compiled images have one size")
+    return compile_shards(
+        given.shards,
+        given.out,
+        given.size,
+        given.channels or 3,
+        _storing(given),
+        selection=given.selection,
+        workers=_workers(given),
+        bad_limit=given.bad_limit,
+        overwrite=given.overwrite,
+        progress=True,
+    )
+
+
+def _compiled_images(given: argparse.Namespace) -> Compiled:
+    from dfkd_dist.config import DatasetSpec, apply_override, parse
+    from dfkd_dist.data.compiled.write import compile_images
+    from dfkd_dist.data.datasets import load_image_set
+
+    if given.size is not None or given.channels is not None or given.selection is not None:
+        raise ValueError("--size, --channels and --selection are of shards; --data has size=... and channels=...")
+    tree: dict[str, Any] = {}
+    for override in given.data:
+        apply_override(tree, override)
+    images = load_image_set(parse(DatasetSpec, tree, where="--data"), given.split)
+    return compile_images(
+        images,
+        " ".join(given.data),
+        given.split,
+        given.out,
+        _storing(given),
+        workers=_workers(given),
+        overwrite=given.overwrite,
+        progress=True,
+    )
+
+
+def _storing(given: argparse.Namespace) -> Storing:
+    from dfkd_dist.data.compiled.file import Storing
+
+    return Storing(given.mode, given.quality, given.share)
 
 
 def _workers(given: argparse.Namespace) -> int:

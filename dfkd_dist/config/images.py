@@ -8,11 +8,14 @@ from pydantic import Field, model_validator
 
 from dfkd_dist.config.base import Channels, Count, CountOrZero, Fraction, NonNegative, Spec
 
+PIXEL_KINDS = ("masks", "digits_on_photos")
+"""Sets whose labels are those of pixels: for segmentation."""
+
 
 class DatasetSpec(Spec):
-    """A labelled image set."""
+    """A labelled image set; of the kinds in `PIXEL_KINDS` every pixel has a label, of the others every image."""
 
-    kind: Literal["digits", "npz", "jpg_npz", "folder", "torchvision"]
+    kind: Literal["digits", "npz", "jpg_npz", "folder", "torchvision", "masks", "digits_on_photos", "ffcv"]
     path: str | None = None
     name: str | None = None
     """The set's name in torchvision (kind: torchvision)."""
@@ -23,6 +26,31 @@ class DatasetSpec(Spec):
     limit: Count | None = None
     """At most so many images of a split (the first ones)."""
     domains: list[str] | None = None
+    classes: Annotated[list[str], Field(min_length=2, max_length=255)] | None = None
+    """masks: the names of the classes, in the order of their labels."""
+    labels: str | None = None
+    """masks: the folder of the maps of labels beside `image`; null is `label`."""
+    offset: CountOrZero | None = None
+    """masks: the label of the first class; smaller ones, such as 0 for "unlabelled", are ignored. null is 0."""
+    photos: str | None = None
+    """digits_on_photos: the archive of photographs (`path` is that of the digits)."""
+
+    @property
+    def of_pixels(self) -> bool:
+        """Whether every pixel has a label."""
+        return self.kind in PIXEL_KINDS
+
+    @model_validator(mode="after")
+    def _keys_belong_to_kinds(self) -> DatasetSpec:
+        if self.kind == "masks" and self.classes is None:
+            raise ValueError("kind: masks needs `classes`, the names in the order of the labels")
+        if self.kind == "digits_on_photos" and self.photos is None:
+            raise ValueError("kind: digits_on_photos needs `photos`, the archive of photographs")
+        own = {"classes": "masks", "labels": "masks", "offset": "masks", "photos": "digits_on_photos"}
+        for key, kind in own.items():
+            if getattr(self, key) is not None and self.kind != kind:
+                raise ValueError(f"{key} is a key of kind: {kind}, found kind: {self.kind}")
+        return self
 
     @model_validator(mode="after")
     def _where(self) -> DatasetSpec:
@@ -57,6 +85,14 @@ class LabelledSpec(Spec):
     split: SplitSpec | None = None
     party: CountOrZero | None = None
     """Which party's share of `split`; null takes the whole training set."""
+    crop: Count | None = None
+    """Random windows of so many pixels (image.size) of larger images, new ones in each epoch; null: whole images."""
+
+    @model_validator(mode="after")
+    def _crop_fits_in_the_images(self) -> LabelledSpec:
+        if self.crop is not None and self.crop > self.dataset.size:
+            raise ValueError(f"crop is {self.crop}, but dataset.size is {self.dataset.size}; allowed: up to that")
+        return self
 
     @model_validator(mode="after")
     def _party_is_one_of_the_split(self) -> LabelledSpec:
@@ -71,6 +107,9 @@ class AugmentSpec(Spec):
     """Per-sample augmentation of the images the student learns from."""
 
     rotation: NonNegative = 0.0
+    resized_crop: Fraction = 0.0
+    """A rectangle of at least this part of the image's area (and at most all of it), its sides as 3:4 to 4:3, brought
+    back to the image's size."""
     crop_padding: CountOrZero = 0
     flip: bool = False
     brightness: Fraction = 0.0

@@ -7,8 +7,12 @@ from typing import get_args
 
 from dfkd_dist.config import DatasetSpec
 from dfkd_dist.data.archives import read_jpg_npz, read_npz
+from dfkd_dist.data.compiled.image_set import read_compiled_set
+from dfkd_dist.data.digits_on_photos import read_digits_on_photos
 from dfkd_dist.data.errors import DatasetError
 from dfkd_dist.data.image_set import FileImageSet, ImageSet, MemoryImageSet
+from dfkd_dist.data.mask_set import MaskSet
+from dfkd_dist.data.masks import read_masks
 from dfkd_dist.data.part import Part, Split
 from dfkd_dist.data.pixels import to_image_space, to_uint8
 from dfkd_dist.data.readers import read_digits, read_folder, read_torchvision
@@ -17,6 +21,7 @@ __all__ = [
     "DatasetError",
     "FileImageSet",
     "ImageSet",
+    "MaskSet",
     "MemoryImageSet",
     "Split",
     "load_image_set",
@@ -30,13 +35,17 @@ READERS: dict[str, Callable[[DatasetSpec, Split], Part]] = {
     "jpg_npz": read_jpg_npz,
     "folder": read_folder,
     "torchvision": read_torchvision,
+    "masks": read_masks,
+    "digits_on_photos": read_digits_on_photos,
+    "ffcv": read_compiled_set,
 }
 
 
 def load_image_set(spec: DatasetSpec, split: Split) -> ImageSet:
     """The images of a split at the spec's size and channels, in memory (`kind: folder`: decoded on demand).
 
-    `val` is a fixed part of the train images, `val_fraction` of each class, unless a folder brings its own.
+    `val` is a fixed part of the train images, `val_fraction` of each class (where pixels have the labels: of the
+    images), unless a folder brings its own.
     `limit` keeps the first n images of the split. Which images are in which split depends on the data and on
     `val_fraction` only. Raises DatasetError (a ValueError) for data that is missing, malformed or empty; it
     names the file and the key or index.

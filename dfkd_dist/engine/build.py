@@ -14,6 +14,7 @@ from dfkd_dist.config import (
     AnyObjectiveSpec,
     AssistantSpec,
     GenerativeSpec,
+    InversionSpec,
     LabelledSpec,
     MosaicSpec,
     Recipe,
@@ -22,8 +23,11 @@ from dfkd_dist.config import (
     StreamSpec,
 )
 from dfkd_dist.data.datasets import ImageSet, load_image_set
-from dfkd_dist.data.shards.manifest import Manifest, read_manifest
+from dfkd_dist.data.pool import Pool
+from dfkd_dist.data.shards.manifest import Manifest
 from dfkd_dist.data.splits import party_indices
+from dfkd_dist.data.stream.sets import open_set
+from dfkd_dist.engine.build_inversion import inversion_source, make_pool
 from dfkd_dist.engine.build_mosaic import RealImages, mosaic_source, real_images
 from dfkd_dist.engine.build_streams import Place, stream_source
 from dfkd_dist.engine.checks import agreed, check_generator_terms, check_maps, check_student_classes
@@ -50,6 +54,7 @@ from dfkd_dist.parallel.player import Player
 from dfkd_dist.parallel.randomness import Randomness
 from dfkd_dist.parallel.stopping import StopFlag
 from dfkd_dist.parallel.topology import make_topology
+from dfkd_dist.sources.assistants import Pupil
 from dfkd_dist.sources.base import Source
 from dfkd_dist.sources.generative import GenerativeSource, Kit
 from dfkd_dist.sources.labelled import LabelledSource
@@ -151,7 +156,7 @@ class _Builder:
         if reader is None:
             return None
         with _named("source.reader.shards"):
-            return agreed(self.mesh.world, lambda: read_manifest(reader.shards))
+            return agreed(self.mesh.world, lambda: open_set(reader))
 
     # ----------------------------------------------------------------------------------- networks
 
@@ -164,13 +169,13 @@ class _Builder:
         source, named = self.recipe.source, [f"teacher {spec.name}" for spec in self.recipe.teachers]
         teachers = dict(zip(named, shapes, strict=True))
         check_maps("objective", self.recipe.objective, teachers)
-        if isinstance(source, GenerativeSpec) and source.assistant is not None:
+        if isinstance(source, GenerativeSpec | InversionSpec) and source.assistant is not None:
             check_maps("source.assistant.objective", source.assistant.objective, teachers)
 
     def _asked(self) -> Need:
         """Signals that the student's objective or an assistant's wants from the teachers."""
         source, need = self.recipe.source, needed(self.recipe.objective)
-        assistant = source.assistant if isinstance(source, GenerativeSpec) else None
+        assistant = source.assistant if isinstance(source, GenerativeSpec | InversionSpec) else None
         return need if assistant is None else need | needed(assistant.objective)
 
     def _all_shapes(self, teachers: Sequence[Teacher]) -> list[Shapes]:
@@ -253,6 +258,13 @@ class _Builder:
         if isinstance(recipe.source, StreamSpec):
             assert self.manifest is not None
             return stream_source(self._place(), recipe.source, self.manifest, exchange)
+        if isinstance(recipe.source, InversionSpec):
+            sealed = [teacher for teacher, _ in pairs]
+            pool, autocast = self._pool(recipe.source), self.autocast()
+            pupils = self._pupils(recipe.source, pairs, shapes, student_card)
+            return inversion_source(
+                self._place(), recipe.source, sealed, exchange, student_card, self._placed, autocast, pool, pupils
+            )
         kits = [
             self._kit(recipe.source, k, teacher, answering, shapes[k], student_card)
             for k, (teacher, answering) in zip(self.mesh.teachers, pairs, strict=True)
@@ -273,6 +285,23 @@ class _Builder:
             self.device,
             self.autocast(),
         )
+
+    def _pupils(
+        self,
+        spec: InversionSpec,
+        pairs: Sequence[tuple[Teacher, Teacher]],
+        shapes: Sequence[Shapes],
+        student_card: Card,
+    ) -> list[Pupil]:
+        if spec.assistant is None:
+            return []
+        return [
+            Pupil(k, answering, self._assistant(spec.assistant, k, teacher, shapes[k], student_card))
+            for k, (teacher, answering) in zip(self.mesh.teachers, pairs, strict=True)
+        ]
+
+    def _pool(self, spec: InversionSpec) -> Pool:
+        return make_pool(self._place(), spec)
 
     def _place(self) -> Place:
         return Place(self.recipe, self.mesh, self.device, self.dtype, self.randomness, self.cards, self.weights)

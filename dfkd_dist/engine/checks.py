@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar, cast
 
-from dfkd_dist.config import AnyObjectiveSpec, GenerativeSpec, ObjectiveSpec, Recipe, RecipeError
+from dfkd_dist.config import (
+    AnyObjectiveSpec,
+    AnySynthesisSpec,
+    CMISpec,
+    GenerativeSpec,
+    InversionSpec,
+    LatentSpec,
+    ObjectiveSpec,
+    Recipe,
+    RecipeError,
+)
 from dfkd_dist.data.shards.manifest import Manifest
 from dfkd_dist.models.signals import MAP
 from dfkd_dist.models.taps import Taps
@@ -17,6 +27,7 @@ T = TypeVar("T")
 NEEDS: dict[str, tuple[str, Callable[[Taps], bool]]] = {
     "bn": ("batch norm with stored statistics", lambda taps: bool(taps.batch_norms)),
     "act": ("linear classifier", lambda taps: taps.classifier is not None),
+    "cr": ("batch norm with stored statistics", lambda taps: bool(taps.batch_norms)),
 }
 """What a generator's term needs of a teacher, in words and as a question to its taps."""
 ON_MAPS = ("vid", "at")
@@ -45,29 +56,42 @@ def agreed(world: Group, act: Callable[[], T]) -> T:
 
 
 def check_generator_terms(recipe: Recipe, teacher: Teacher, arch: str) -> None:
-    """Refuse terms of the generator's loss that this teacher cannot serve.
+    """Refuse terms of the loss of a generator, or of images, that this teacher cannot serve.
 
     Raises:
         RecipeError: names the term's key, its weight, the teacher and what the teacher lacks.
     """
-    if not isinstance(recipe.source, GenerativeSpec):
-        return
-    for key, weights in _rows_in_use(recipe, recipe.source).items():
+    for key, weights in _rows_in_use(recipe).items():
         for term, (what, has) in NEEDS.items():
-            if weights[term] > 0 and not has(teacher.taps):
+            if weights.get(term, 0.0) > 0 and not has(teacher.taps):
                 raise RecipeError(
                     f"{key}.{term} is {weights[term]:g}, but teacher {teacher.name} ({arch}) has no {what}; "
                     f"set {key}.{term}: 0, or give a teacher that has it"
                 )
 
 
-def _rows_in_use(recipe: Recipe, source: GenerativeSpec) -> dict[str, dict[str, float]]:
+def _rows_in_use(recipe: Recipe) -> dict[str, dict[str, float]]:
     """Key of a row of weights to the weights, for those rows that the run will use."""
+    source = recipe.source
+    if isinstance(source, InversionSpec):
+        return _rows_of_images(source.synthesis, recipe.rounds.warmup)
+    if not isinstance(source, GenerativeSpec):
+        return {}
     rows = {} if source.freeze_after_warmup else {"source.loss": source.loss.weights()}
     if recipe.rounds.warmup and source.warmup_loss is not None:
         rows["source.warmup_loss"] = source.warmup_loss.weights()
     elif recipe.rounds.warmup:
         rows.setdefault("source.loss", source.warmup_weights())
+    return rows
+
+
+def _rows_of_images(synthesis: AnySynthesisSpec, warmup: int) -> dict[str, dict[str, float]]:
+    rows = {"source.synthesis.loss": synthesis.loss.weights()}
+    if warmup and isinstance(synthesis, LatentSpec) and synthesis.warmup_loss is not None:
+        rows["source.synthesis.warmup_loss"] = synthesis.warmup_loss.weights()
+    if isinstance(synthesis, CMISpec) and synthesis.contrast.layers is not None:
+        # Then it is not the batch norms whose inputs are compared.
+        rows = {key: weights | {"cr": 0.0} for key, weights in rows.items()}
     return rows
 
 
@@ -115,7 +139,8 @@ def check_labels(recipe: Recipe, manifest: Manifest) -> None:
     """
     if not isinstance(recipe.objective, ObjectiveSpec) or recipe.objective.ce == 0:
         return
-    low, high = int(manifest.labels_N.min()), int(manifest.labels_N.max())
+    labels_n = manifest.labels_N if manifest.held_N is None else manifest.labels_N[manifest.held_N]
+    low, high = int(labels_n.min()), int(labels_n.max())
     if low < 0 or high >= recipe.num_classes:
         what = "samples without a label" if low < 0 else f"labels up to {high}"
         raise RecipeError(

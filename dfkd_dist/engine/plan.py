@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from dfkd_dist.config import GenerativeSpec, MosaicSpec, Recipe, StreamSpec
-from dfkd_dist.data.shards.manifest import read_manifest
+from dfkd_dist.config import GenerativeSpec, InversionSpec, MosaicSpec, Recipe, StreamSpec
+from dfkd_dist.data.stream.sets import open_set
 from dfkd_dist.engine.no_data import without_data
 from dfkd_dist.engine.plan_trace import (
     MAIN,
@@ -46,7 +46,7 @@ class Role:
         members: these ranks.
         row: their row of the mesh.
         teachers: names of the row's teachers.
-        update_images: this rank's images of a generator or assistant step (per teacher).
+        update_images: this rank's images of a generator's, assistant's or synthesis' step (per teacher).
         student_images: this rank's images of a student step.
         networks: every network held, with its parameters.
         flops: round kind to phase to floating-point operations in a round.
@@ -188,6 +188,9 @@ class _Planner:
     def _work(self, rank: int) -> tuple[Any, ...]:
         """What sets the sizes of a rank's tensors, besides its row's networks."""
         topology, batch, source = self.topology, self.recipe.batch, self.recipe.source
+        if isinstance(source, InversionSpec):
+            made_here = share(source.per_round(batch), topology.columns, topology.column_of(rank))
+            return made_here, (), share(batch, topology.world_size, rank)
         if not isinstance(source, GenerativeSpec):
             return (share(batch, topology.world_size, rank),)
         column = topology.column_of(rank)
@@ -199,7 +202,11 @@ class _Planner:
         return share(batch, topology.columns, column), made, taken, beside, deal.total, deal.padded
 
     def _role(self, ranks: Sequence[int]) -> Role:
-        rank, work, made = ranks[0], self._work(ranks[0]), isinstance(self.recipe.source, GenerativeSpec)
+        rank, work, made = (
+            ranks[0],
+            self._work(ranks[0]),
+            isinstance(self.recipe.source, GenerativeSpec | InversionSpec),
+        )
         row = self.topology.row_of(rank)
         held = self.topology.teachers[row]
         kind = tuple(_build_of(self.cards[k]) for k in held)
@@ -226,9 +233,9 @@ class _Planner:
         source = self.recipe.source
         if phase in ("exchange", "student"):
             return steps_of_an_epoch(self.recipe) or self.recipe.rounds.student_steps  # type: ignore[return-value]
-        if phase == "assistant" and isinstance(source, GenerativeSpec) and source.assistant is not None:
+        if phase == "assistant" and isinstance(source, GenerativeSpec | InversionSpec) and source.assistant is not None:
             return source.assistant.steps
-        return 1
+        return source.synthesis.phases().get(phase, 1) if isinstance(source, InversionSpec) else 1
 
     def _warnings(self, roles: Sequence[Role]) -> list[str]:
         found = []
@@ -257,7 +264,9 @@ def steps_of_an_epoch(recipe: Recipe) -> int | None:
     """
     if recipe.rounds.student_steps != "epoch" or not isinstance(recipe.source, StreamSpec):
         return None
-    samples = int(len(read_manifest(recipe.source.reader.shards)) * recipe.source.reader.fraction)
+    manifest = open_set(recipe.source.reader)
+    held = len(manifest) if manifest.held_N is None else int(manifest.held_N.sum())
+    samples = int(held * recipe.source.reader.fraction)
     selection = recipe.source.selection
     if selection is not None and selection.count is not None:
         samples = min(samples, selection.count)

@@ -152,7 +152,7 @@ def what_to_select(recipe: Recipe) -> tuple[ReaderSpec, SelectionSpec]:
         raise RecipeError(f"source.kind is {recipe.source.kind!r} and reads no shards; allowed here: one with a reader")
     if reader.kind != "tar":
         raise RecipeError(
-            f"source.reader.kind is {reader.kind!r}; allowed for dfkd select: tar, whose manifest has the samples' names"
+            f"source.reader.kind is {reader.kind!r}; allowed for dfkd select: tar (a file names samples as shards do)"
         )
     kind = None if spec is None else spec.kind
     if spec is None or kind not in ("top", "random"):

@@ -63,6 +63,8 @@ class Manifest:
         offsets_N: int64, where each image's bytes begin in its tar.
         sizes_N: int64, how many there are.
         labels_N: int64, -1 where unknown.
+        held_N: bool, which samples are there at all; None for all. A compiled file may hold a part of a set.
+        origin: digest of the set that was compiled; None for a set itself.
     """
 
     path: str
@@ -72,6 +74,8 @@ class Manifest:
     offsets_N: NDArray[np.int64]
     sizes_N: NDArray[np.int64]
     labels_N: NDArray[np.int64]
+    held_N: NDArray[np.bool_] | None = None
+    origin: str | None = None
 
     def __len__(self) -> int:
         """Number of samples."""

@@ -12,24 +12,28 @@ import torch
 from numpy.typing import NDArray
 
 from dfkd_dist.config import DatasetSpec, ReaderSpec, apply_override, parse
+from dfkd_dist.data.compiled.about import SUFFIX
 from dfkd_dist.data.datasets import Split
 from dfkd_dist.data.selection import read_selection
-from dfkd_dist.data.shards.manifest import MANIFEST, Manifest, read_manifest
-from dfkd_dist.data.stream.order import subset
+from dfkd_dist.data.shards.manifest import MANIFEST, Manifest
+from dfkd_dist.data.stream.sets import open_set, taking_part
 from dfkd_dist.engine.build import Build
 from dfkd_dist.engine.evaluate import kept_set
 from dfkd_dist.engine.look.collection import Collection, GeneratorCollection, SetCollection, folder_collection
+from dfkd_dist.engine.look.pool import PoolCollection
 from dfkd_dist.engine.look.shards import ShardCollection
 from dfkd_dist.sources.generative import GenerativeSource
+from dfkd_dist.sources.inversion import InversionSource
 from dfkd_dist.sources.selection import Selector
 
 DATA, GENERATORS, STREAM, UNSELECTED = "data", "generators", "stream", "unselected"
+POOL = "pool"
 """Words for what belongs to the run: its evaluation set (`--data`), its generators' images, the images of its stream
 that its selection chose, and those that it left out."""
 
 ALLOWED = (
-    f"{DATA}, {GENERATORS}, generator=TEACHER, {STREAM}, {UNSELECTED}, a folder, a set of shards (its folder, manifest "
-    "or URL), shards=PATH selection=FILE, or an image set (kind=... path=... [split=...])"
+    f"{DATA}, {GENERATORS}, generator=TEACHER, {POOL}, {STREAM}, {UNSELECTED}, a folder, a set of shards (its folder, "
+    "manifest or URL), shards=PATH selection=FILE, or an image set (kind=... path=... [split=...])"
 )
 GENERATED = 5000
 """Images of all generators together, where no number is given."""
@@ -71,6 +75,8 @@ class Finder:
         """
         if isinstance(self.built.source, GenerativeSource):
             return [GENERATORS]
+        if isinstance(self.built.source, InversionSource):
+            return [POOL]
         if getattr(self.built.recipe.source, "reader", None) is not None:
             return [STREAM]
         raise ValueError(f"--pool: this run made and chose no images; give one: {ALLOWED}")
@@ -98,6 +104,8 @@ class Finder:
             return SetCollection(kept_set(self.dataset, self.split), _set_name(self.dataset, self.split))
         if word == GENERATORS:
             return self._generators(None)
+        if word == POOL:
+            return self._pool()
         if word == STREAM:
             return self._stream()
         if word == UNSELECTED:
@@ -106,6 +114,8 @@ class Finder:
                 raise ValueError(f"{UNSELECTED}: this run uses its whole stream")
             return left
         path = Path(word)
+        if word.endswith(SUFFIX):
+            return self._shard_set({"shards": word, "kind": "ffcv"})
         if "://" in word or word.endswith(".json") or (path / MANIFEST).is_file():
             return self._shard_set({"shards": word})
         if path.is_dir():
@@ -123,6 +133,13 @@ class Finder:
         name = GENERATORS if teacher is None else f"generator of {teacher}"
         return GeneratorCollection(source, kits, self.images or GENERATED, self.built.recipe.batch, name)
 
+    def _pool(self) -> Collection:
+        source = self.built.source
+        if not isinstance(source, InversionSource) or not len(source.pool):
+            raise ValueError(f"{POOL}: this run keeps none (source.kind is {self.built.recipe.source.kind})")
+        assert source.pool.shards is not None
+        return PoolCollection(source.pool, source.pool.shards.classes, POOL)
+
     def _image_set(self, tree: dict[str, Any], where: str) -> Collection:
         image, split = self.built.recipe.image, tree.pop("split", self.split)
         tree = {"size": image.size, "channels": image.channels} | tree
@@ -134,17 +151,17 @@ class Finder:
     def _shard_set(self, tree: dict[str, Any]) -> Collection:
         selection = tree.pop("selection", None)
         reader = parse(ReaderSpec, tree, where="a set of shards")
-        manifest = read_manifest(reader.shards)
+        manifest = open_set(reader)
         chosen_N = None if selection is None else read_selection(str(selection), manifest).chosen_N
-        return self._of_shards(manifest, reader, reader.shards, chosen_N)
+        return self._of_shards(manifest, reader, reader.shards, chosen_N, taking_part(manifest, 1.0, 0))
 
     def _stream(self) -> Collection:
         reader = getattr(self.built.recipe.source, "reader", None)
         if reader is None:
             raise ValueError(f"{STREAM}: this run reads no stream (source.kind is {self.built.recipe.source.kind})")
-        manifest, selector = read_manifest(reader.shards), getattr(self.built.source, "selector", None)
+        manifest, selector = open_set(reader), getattr(self.built.source, "selector", None)
         chosen_N = None if selector is None else self._chosen(selector)
-        part_N = subset(len(manifest), reader.fraction, self.built.recipe.seed) if reader.fraction < 1 else None
+        part_N = taking_part(manifest, reader.fraction, self.built.recipe.seed)
         return self._of_shards(manifest, reader, STREAM, chosen_N, part_N)
 
     def _chosen(self, selector: Selector) -> NDArray[np.bool_]:
