@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dfkd_dist import cli_evaluate, cli_select, cli_shards
+from dfkd_dist import cli_evaluate, cli_select, cli_shards, cli_synthesize
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_evaluate.add_parser(commands)
     cli_shards.add_parser(commands)
     cli_select.add_parser(commands)
+    cli_synthesize.add_parser(commands)
 
     export = commands.add_parser("export", help="the student as safetensors with its card, and as ONNX")
     export.add_argument("run", type=Path)

@@ -191,3 +191,92 @@ def mosaic(teachers: list[Tree], shards: Path, **changes: Any) -> Tree:
     objective = {"temperature": 1.0}
     rounds = {"warmup": 0, "main": 20, "student_steps": 2}
     return merged(base(teachers, source=source, objective=objective, rounds=rounds), changes)
+
+
+def inversion(teachers: list[Tree], **changes: Any) -> Tree:
+    """DeepInversion with all of its terms, two resolutions and a student beside; small shards, so that images spill.
+
+    Batches do not divide by two or more ranks; the pool outgrows its memory in the third round of one teacher.
+    """
+    source = {
+        "kind": "inversion",
+        "batch": 7,
+        "synthesis": {
+            "kind": "deepinversion",
+            "stages": [{"iterations": 2, "scale": 2, "jitter": 1}, {"iterations": 3, "jitter": 2}],
+            "lr": 0.1,
+            "schedule": "cosine",
+            "warmup": 1,
+            "flip": True,
+            "clip": True,
+            "loss": {"bn": 1.0, "tv": 1e-3, "tv_l1": 1e-2, "l2": 1e-3, "js": 2.0},
+            "bn": {"first_layer": 10.0},
+        },
+        "pool": {"shard": 5, "memory_gb": 1e-6},
+    }
+    tree = base(
+        teachers, rounds={"warmup": 1, "main": 4, "student_steps": 2}, augment={"crop_padding": 1, "flip": True}
+    )
+    return merged(tree | {"source": source}, changes)
+
+
+def _latent(teachers: list[Tree], synthesis: Tree, **changes: Any) -> Tree:
+    source = {
+        "kind": "inversion",
+        "batch": 7,
+        "synthesis": {"generator": {"latent": 12, "width": 8, "blocks": 2}, **synthesis},
+        "pool": {"shard": 5, "memory_gb": 1e-6},
+    }
+    tree = base(teachers, rounds={"warmup": 1, "main": 4, "student_steps": 2}, augment={"flip": True})
+    return merged(tree | {"source": source}, changes)
+
+
+def cmi(teachers: list[Tree], **changes: Any) -> Tree:
+    """CMI with all of its terms; its bank is smaller than what is made, and an iteration draws a part of it."""
+    synthesis = {
+        "kind": "cmi",
+        "iterations": 3,
+        "lr": 0.02,
+        "loss": {"bn": 1.0, "ce": 0.7, "oh": 0.3, "adv": 5.0, "cr": 0.8},
+        "contrast": {"dim": 6, "bank": 17, "negatives": 11, "lr": 0.01},
+        "global_view": {"crop_padding": 1},
+    }
+    return _latent(teachers, synthesis, **changes)
+
+
+def cmi_with_assistants(teachers: list[Tree], **changes: Any) -> Tree:
+    """DFMF's `CMI (w/ GA)`."""
+    source = {
+        "synthesis": {"adversary": {"against": "assistant"}},
+        "assistant": {"steps": 2, "optimizer": {"lr": 0.02}},
+    }
+    return merged(merged(cmi(teachers), {"source": source}), changes)
+
+
+def fast(teachers: list[Tree], **changes: Any) -> Tree:
+    """Fast across its boundaries: the adversary from round 1 on, two rounds of warm-up, a reset in round 3."""
+    synthesis = {
+        "kind": "fast",
+        "iterations": 3,
+        "lr": 0.01,
+        "lr_latents": 0.03,
+        "loss": {"bn": 1.0, "ce": 0.5, "adv": 5.0},
+        "adv_from": 1,
+        "reset_at": 3,
+        "view": {"crop_padding": 1},
+    }
+    rounds = {"warmup": 2, "main": 4}
+    return merged(_latent(teachers, synthesis, rounds=rounds), changes)
+
+
+def fast_of_imagenet(teachers: list[Tree], **changes: Any) -> Tree:
+    """Latents that persist and are drawn anew in round 2, Reptile, the last images, no linear layer."""
+    synthesis = {
+        "generator": {"style": "spatial", "width": 8},
+        "latents": "persistent",
+        "redraw_every": 3,
+        "meta": {"gradient": "reptile", "scale": 1.0, "lr": 0.01, "lr_latents": 0.02},
+        "keep": "last",
+        "view": {"crop_padding": 0, "resized_crop": 0.5},
+    }
+    return merged(fast(teachers, source={"synthesis": synthesis}), changes)

@@ -12,8 +12,6 @@ from dfkd_dist.config.generative import (
 )
 from dfkd_dist.config.images import AugmentSpec, DatasetSpec, EvaluationSpec, LabelledSpec, SplitSpec
 from dfkd_dist.config.inversion import (
-    HARVEST,
-    SYNTHESIS,
     AnySynthesisSpec,
     CompetitionSpec,
     DeepInversionLossSpec,
@@ -22,6 +20,10 @@ from dfkd_dist.config.inversion import (
     PoolSpec,
     StageSpec,
 )
+from dfkd_dist.config.inversion_cmi import CMILossSpec, CMISpec, InstanceContrastSpec
+from dfkd_dist.config.inversion_fast import FastSpec, MetaSpec
+from dfkd_dist.config.inversion_latent import LatentLossSpec, LatentSpec
+from dfkd_dist.config.inversion_phases import ASSISTANT, HARVEST, SYNTHESIS
 from dfkd_dist.config.kd3 import KD3Spec
 from dfkd_dist.config.mosaic import DiscriminatorSpec, MosaicLossSpec, MosaicSpec
 from dfkd_dist.config.networks import ImageSpec, StudentSpec, TeacherSpec
@@ -57,12 +59,15 @@ from dfkd_dist.config.training import (
 )
 
 __all__ = [
+    "ASSISTANT",
     "AdversarySpec",
     "AnyObjectiveSpec",
     "AnySynthesisSpec",
     "AssistantSpec",
     "AugmentSpec",
     "BNTermSpec",
+    "CMILossSpec",
+    "CMISpec",
     "CacheSpec",
     "CheckpointSpec",
     "CompetitionSpec",
@@ -72,18 +77,23 @@ __all__ = [
     "DeepInversionSpec",
     "DiscriminatorSpec",
     "EvaluationSpec",
+    "FastSpec",
     "FitNetSpec",
     "GenerativeSpec",
     "GeneratorLossSpec",
     "GeneratorSpec",
     "HARVEST",
     "ImageSpec",
+    "InstanceContrastSpec",
     "InversionSpec",
     "KD3Spec",
     "KDCISpec",
     "LabelledSpec",
+    "LatentLossSpec",
+    "LatentSpec",
     "LogSpec",
     "MeshSpec",
+    "MetaSpec",
     "MosaicLossSpec",
     "MosaicSpec",
     "NoisySpec",
@@ -91,8 +101,8 @@ __all__ = [
     "OptimizerSpec",
     "PoolSpec",
     "PrecisionSpec",
-    "Recipe",
     "ReaderSpec",
+    "Recipe",
     "RecipeError",
     "RoundsSpec",
     "SSKDSpec",

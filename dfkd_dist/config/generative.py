@@ -12,11 +12,15 @@ from dfkd_dist.config.training import OptimizerSpec, ScheduleSpec
 
 
 class GeneratorSpec(Spec):
-    """One linear layer, then nearest-neighbour upsampling convolution blocks (DFQ's generator)."""
+    """One linear layer, then blocks that double the side."""
 
+    style: Literal["upsample", "dcgan", "spatial"] = "upsample"
+    """Blocks of nearest-neighbour upsampling and convolution (DFQ's generator), or of transposed convolution (DCGAN's,
+    which DFAD takes for segmentation). spatial: the former without a linear layer, over latents with places (Fast on
+    ImageNet); for source.kind: inversion."""
     latent: Count = 256
     width: Count = 128
-    """Channels after the linear layer; halved in the last block, as usual in the field."""
+    """Channels after the linear layer; halved in the last block, as usual in the field (dcgan: in all but the last)."""
     blocks: Annotated[int, Field(ge=1, le=6)] = 3
     head: Literal["sigmoid", "bn"] = "sigmoid"
 
@@ -43,6 +47,8 @@ class BNTermSpec(Spec):
 
     form: Literal["gaussian_kl", "l2"] = "gaussian_kl"
     channels: Literal["mean", "sum"] = "mean"
+    first_layer: Positive = 1.0
+    """Factor of the first layer's part (DeepInversion's code for ImageNet: 10)."""
 
 
 class AdversarySpec(Spec):
@@ -97,6 +103,8 @@ class GenerativeSpec(Spec):
     @model_validator(mode="after")
     def _game_is_consistent(self) -> GenerativeSpec:
         against, adv = self.adversary.against, self.loss.adv
+        if self.generator.style == "spatial":
+            raise ValueError("generator.style is spatial, which source.kind: inversion has; allowed: upsample, dcgan")
         if adv > 0 and against == "none":
             raise ValueError(f"loss.adv is {adv} but adversary.against is none; allowed: assistant, student")
         if adv == 0 and against != "none":

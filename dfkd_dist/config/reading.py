@@ -221,9 +221,9 @@ def _explain(kind: type[Spec], detail: dict[str, Any]) -> str:
         case "missing":
             return f"{key}: required, but not given"
         case "union_tag_not_found":
-            return f"{key}.kind: required, but not given; allowed: {', '.join(_kinds(kind, parts))}"
+            return f"{key}.kind: required, but not given; allowed: {', '.join(_kinds(models, parts[-1]))}"
         case "union_tag_invalid":
-            kinds = _kinds(kind, parts)
+            kinds = _kinds(models, parts[-1])
             tag = str(given.get("kind"))
             return f"{key}.kind: unknown kind (given: {tag!r}){_nearest(tag, kinds)}; allowed: {', '.join(kinds)}"
         case "value_error":
@@ -260,9 +260,10 @@ def _tag(model: type[Spec]) -> str | None:
     return None if field is None else str(get_args(field.annotation)[0])
 
 
-def _kinds(kind: type[Spec], parts: list[str]) -> list[str]:
-    """The values that `kind` may have at a dotted place of a schema."""
-    return [str(_tag(model)) for model in _models_in(kind.model_fields[parts[-1]].annotation)]
+def _kinds(models: Sequence[type[Spec]], part: str) -> list[str]:
+    """The values that `kind` may have in a section of some models."""
+    sections = [model.model_fields[part].annotation for model in models if part in model.model_fields]
+    return [str(_tag(inner)) for annotation in sections for inner in _models_in(annotation)]
 
 
 def _models_in(annotation: Any) -> list[type[Spec]]:

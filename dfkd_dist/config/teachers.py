@@ -19,6 +19,8 @@ class TeachersRecipe(Spec):
     seed: CountOrZero = 0
     out: OutDir = "runs/teachers/{name}"
     dataset: DatasetSpec
+    crop: Count | None = None
+    """They learn from random windows of so many pixels of larger images (segmentation); null: from whole images."""
     split: SplitSpec
     archs: Annotated[list[str], Field(min_length=1)]
     """One per party, or one for all."""

@@ -8,25 +8,38 @@ colour, in a fixed order.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dfkd_dist.config import AugmentSpec
+from dfkd_dist.data.mask_set import IGNORE
 from dfkd_dist.models.network import to_luma
+
+ATTEMPTS = 10
+"""A resized crop that does not fit in the image is drawn again, so often; then it is the whole image."""
+RATIOS = (3 / 4, 4 / 3)
+"""Of a resized crop's width to its height."""
+RESIZED_CROP = 2 * ATTEMPTS + 2
+"""Uniforms of a resized crop: area and ratio of each attempt, and its place."""
 
 
 def num_uniforms(spec: AugmentSpec) -> int:
-    """How many uniforms `augment` takes for each sample: one for each active operation, two for the crop."""
+    """How many uniforms `augment` takes for each sample.
+
+    One for each active operation, but two for the crop and `RESIZED_CROP` for the resized one.
+    """
     single = (spec.rotation, spec.flip, spec.brightness, spec.contrast, spec.saturation, spec.hue)
-    return sum(1 for value in single if value) + (2 if spec.crop_padding else 0)
+    crops = (2 if spec.crop_padding else 0) + (RESIZED_CROP if spec.resized_crop else 0)
+    return sum(1 for value in single if value) + crops
 
 
 def augment(images_NCHW: Tensor, uniforms_NP: Tensor, spec: AugmentSpec) -> Tensor:
     """Augment float images `[N, C, H, W]` with uniforms `[N, num_uniforms(spec)]` in [0, 1); differentiable.
 
-    In order, each if active: rotation, crop, flip, brightness, contrast, saturation, hue. Images with one
+    In order, each if active: rotation, resized crop, crop, flip, brightness, contrast, saturation, hue. Images with one
     channel skip saturation and hue (their uniforms are drawn all the same, so the columns mean the same for
     grey and RGB). Colour is not clamped. A spec that is all zero returns the images themselves. Raises
     ValueError for a wrong shape, integer images, or colour on something that is neither grey nor RGB.
@@ -35,6 +48,8 @@ def augment(images_NCHW: Tensor, uniforms_NP: Tensor, spec: AugmentSpec) -> Tens
     columns = iter(uniforms_NP.unbind(1))
     if spec.rotation:
         images_NCHW = rotate(images_NCHW, _spread(next(columns), spec.rotation))
+    if spec.resized_crop:
+        images_NCHW = resized_crop(images_NCHW, _crops(columns, spec.resized_crop, images_NCHW))
     if spec.crop_padding:
         padding = spec.crop_padding
         down_N, right_N = _offset(next(columns), padding), _offset(next(columns), padding)
@@ -54,8 +69,43 @@ def augment(images_NCHW: Tensor, uniforms_NP: Tensor, spec: AugmentSpec) -> Tens
     return images_NCHW
 
 
-def rotate(images_NCHW: Tensor, degrees_N: Tensor) -> Tensor:
-    """Turn each image about its centre, counter-clockwise as displayed; bilinear, zeros from outside."""
+def augment_labels(labels_NHW: Tensor, uniforms_NP: Tensor, spec: AugmentSpec) -> Tensor:
+    """Maps of labels `[N, H, W]` moved as `augment` moves their images with the same uniforms; colour leaves them.
+
+    A turned pixel has the label that is nearest to where it comes from; from outside comes `IGNORE`, since the zeros
+    there belong to no class.
+    """
+    # Moved as images whose zeros mean "from outside".
+    moved_N1HW = (labels_NHW + 1).unsqueeze(1)
+    columns = iter(uniforms_NP.unbind(1))
+    if spec.rotation:
+        moved_N1HW = rotate(moved_N1HW.float(), _spread(next(columns), spec.rotation), mode="nearest").to(labels_NHW)
+    if spec.resized_crop:
+        crops_N4 = _crops(columns, spec.resized_crop, moved_N1HW)
+        moved_N1HW = resized_crop(moved_N1HW.float(), crops_N4, mode="nearest").to(labels_NHW)
+    if spec.crop_padding:
+        padding = spec.crop_padding
+        moved_N1HW = shift_crop(moved_N1HW, _offset(next(columns), padding), _offset(next(columns), padding))
+    if spec.flip:
+        moved_N1HW = flip(moved_N1HW, next(columns) < 0.5)
+    return torch.where(moved_N1HW == 0, IGNORE, moved_N1HW - 1).squeeze(1)
+
+
+def windows(images_NCHW: Tensor, uniforms_N2: Tensor, size: int) -> Tensor:
+    """A square of `size` pixels of each image, its place drawn by uniforms in [0, 1): `[N, C, size, size]`; exact."""
+    for dim, uniforms_N in ((2, uniforms_N2[:, 0]), (3, uniforms_N2[:, 1])):
+        places = images_NCHW.shape[dim] - size + 1
+        start_N = (uniforms_N * places).floor().long().clamp(max=places - 1)
+        shape = (-1, 1, size, 1) if dim == 2 else (-1, 1, 1, size)
+        index = (start_N[:, None] + torch.arange(size, device=images_NCHW.device)).view(shape)
+        sides = list(images_NCHW.shape)
+        sides[dim] = size
+        images_NCHW = images_NCHW.gather(dim, index.expand(sides))
+    return images_NCHW
+
+
+def rotate(images_NCHW: Tensor, degrees_N: Tensor, mode: str = "bilinear") -> Tensor:
+    """Turn each image about its centre, counter-clockwise as displayed; zeros from outside."""
     height, width = images_NCHW.shape[-2:]
     # Half precision cannot hold pixel coordinates: sampled in float32, returned in the input's dtype.
     wide = images_NCHW if images_NCHW.dtype == torch.float64 else images_NCHW.float()
@@ -67,8 +117,27 @@ def rotate(images_NCHW: Tensor, degrees_N: Tensor) -> Tensor:
     grid_x = cos * xs_1W - sin * ys_H1 * (height / width)
     grid_y = sin * xs_1W * (width / height) + cos * ys_H1
     grid_NHW2 = torch.stack([grid_x, grid_y], dim=-1)
-    turned = F.grid_sample(wide, grid_NHW2, mode="bilinear", padding_mode="zeros", align_corners=False)
+    turned = F.grid_sample(wide, grid_NHW2, mode=mode, padding_mode="zeros", align_corners=False)
     return turned.to(images_NCHW.dtype)
+
+
+def resized_crop(images_NCHW: Tensor, crops_N4: Tensor, mode: str = "bilinear") -> Tensor:
+    """A rectangle of each image brought to the image's size: what lies outside of it has no influence.
+
+    Args:
+        images_NCHW: floating point.
+        crops_N4: top, left, height and width in pixels, int64.
+        mode: `bilinear` or `nearest`.
+    """
+    height, width = images_NCHW.shape[-2:]
+    wide = images_NCHW if images_NCHW.dtype == torch.float64 else images_NCHW.float()
+    top_N1, left_N1, tall_N1, broad_N1 = crops_N4.to(wide.dtype).split(1, dim=1)
+    ys_NH = _inside(_pixel_centres(height, wide), top_N1, tall_N1, height)
+    xs_NW = _inside(_pixel_centres(width, wide), left_N1, broad_N1, width)
+    shape = (len(images_NCHW), height, width)
+    grid_NHW2 = torch.stack([xs_NW[:, None, :].expand(shape), ys_NH[:, :, None].expand(shape)], dim=-1)
+    cropped = F.grid_sample(wide, grid_NHW2, mode=mode, padding_mode="border", align_corners=False)
+    return cropped.to(images_NCHW.dtype)
 
 
 def shift_crop(images_NCHW: Tensor, down_N: Tensor, right_N: Tensor) -> Tensor:
@@ -135,6 +204,34 @@ def _shift(images_NCHW: Tensor, by_N: Tensor, dim: int) -> Tensor:
     inside = ((source >= 0) & (source < length)).view(shape)
     index = source.clamp(0, length - 1).view(shape).expand_as(images_NCHW)
     return torch.where(inside, images_NCHW.gather(dim, index), 0)
+
+
+def _inside(places: Tensor, start_N1: Tensor, length_N1: Tensor, side: int) -> Tensor:
+    """Places in [-1, 1] of a rectangle's side to places of the image's, kept between the rectangle's pixel centres."""
+    pixels_NS = start_N1 + (places + 1) / 2 * length_N1 - 0.5
+    kept_NS = torch.minimum(torch.maximum(pixels_NS, start_N1), start_N1 + length_N1 - 1)
+    return (2 * kept_NS + 1) / side - 1
+
+
+def _crops(columns: Iterator[Tensor], smallest: float, images_NCHW: Tensor) -> Tensor:
+    """Top, left, height and width of each image's crop, int64 `[N, 4]`: the first attempt that fits (as torchvision's).
+
+    Area uniform from `smallest` to all of the image's, ratio uniform in its logarithm, whole pixels.
+    """
+    height, width = images_NCHW.shape[-2:]
+    drawn = [next(columns).double() for _ in range(RESIZED_CROP)]
+    low, high = (math.log(ratio) for ratio in RATIOS)
+    tall_N = torch.full_like(drawn[0], height)
+    broad_N = torch.full_like(drawn[0], width)
+    for u_N, v_N in reversed(list(zip(drawn[0:-2:2], drawn[1:-2:2], strict=True))):
+        area_N = (smallest + (1 - smallest) * u_N) * (height * width)
+        ratio_N = (low + (high - low) * v_N).exp()
+        h_N, w_N = (area_N / ratio_N).sqrt().round(), (area_N * ratio_N).sqrt().round()
+        fits_N = (h_N >= 1) & (h_N <= height) & (w_N >= 1) & (w_N <= width)
+        tall_N, broad_N = torch.where(fits_N, h_N, tall_N), torch.where(fits_N, w_N, broad_N)
+    top_N = (drawn[-2] * (height - tall_N + 1)).floor().minimum(height - tall_N)
+    left_N = (drawn[-1] * (width - broad_N + 1)).floor().minimum(width - broad_N)
+    return torch.stack([top_N, left_N, tall_N, broad_N], dim=1).long()
 
 
 def _pixel_centres(length: int, like: Tensor) -> Tensor:

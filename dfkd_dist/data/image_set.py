@@ -1,4 +1,7 @@
-"""Labelled image sets: one interface, kept in memory or decoded from files when asked for."""
+"""Labelled image sets: one interface, kept in memory or decoded from files when asked for.
+
+Sets whose pixels are labelled are in `data.mask_set`.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,9 @@ class ImageSet(ABC):
 
     labels_N: int64 class indices; classes: their names; size: side in pixels; channels: 1 (grey) or 3 (RGB).
     """
+
+    of_pixels = False
+    """Whether every pixel has a label, rather than every image."""
 
     def __init__(self, labels_N: Tensor, classes: Sequence[str], *, size: int, channels: int) -> None:
         """Check the labels; ValueError if they are not int64 `[N]` in 0 .. len(classes) - 1."""
@@ -37,6 +43,10 @@ class ImageSet(ABC):
     @abstractmethod
     def images(self, indices: Tensor) -> Tensor:
         """The images at int64 positions `[n]` as uint8 `[n, channels, size, size]`, in that order."""
+
+    def labels(self, indices: Tensor) -> Tensor:
+        """Their labels: int64 `[n]`, of a set with labelled pixels `[n, size, size]`."""
+        return self.labels_N[indices]
 
 
 class MemoryImageSet(ImageSet):

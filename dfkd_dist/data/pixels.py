@@ -38,15 +38,20 @@ def to_grey(images_NCHW: Tensor) -> Tensor:
 
 def to_square(images_NCHW: Tensor, size: int) -> Tensor:
     """Resize the shorter side (uint8, bilinear, antialiased), then centre crop to `[N, C, size, size]`."""
-    height, width = images_NCHW.shape[-2:]
+    sides, rows, columns = square(images_NCHW.shape[-2], images_NCHW.shape[-1], size)
+    if sides != tuple(images_NCHW.shape[-2:]):
+        images_NCHW = F.interpolate(images_NCHW, size=sides, mode="bilinear", antialias=True)
+    return images_NCHW[..., rows, columns]
+
+
+def square(height: int, width: int, size: int) -> tuple[tuple[int, int], slice, slice]:
+    """How an image becomes a square: height and width after its shorter side was resized, rows and columns kept."""
     scale = size / min(height, width)
     # The shorter side is `size` by definition; rounding must not make it anything else.
     new_height = size if height <= width else max(size, round(height * scale))
     new_width = size if width <= height else max(size, round(width * scale))
-    if (new_height, new_width) != (height, width):
-        images_NCHW = F.interpolate(images_NCHW, size=(new_height, new_width), mode="bilinear", antialias=True)
     top, left = (new_height - size) // 2, (new_width - size) // 2
-    return images_NCHW[..., top : top + size, left : left + size]
+    return (new_height, new_width), slice(top, top + size), slice(left, left + size)
 
 
 def convert_images(images_NCHW: Tensor, *, size: int, channels: int) -> Tensor:

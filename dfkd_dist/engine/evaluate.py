@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -12,8 +11,20 @@ from torch import Tensor
 
 from dfkd_dist.config import DatasetSpec, SplitSpec
 from dfkd_dist.data.datasets import DatasetError, ImageSet, Split, load_image_set, to_image_space
+from dfkd_dist.data.mask_set import IGNORE
 from dfkd_dist.data.splits import frequent_classes
 from dfkd_dist.engine.build import Build
+from dfkd_dist.engine.evaluation import (
+    AVG_PRED,
+    COMPENSATED,
+    HIGHEST_CONF,
+    STUDENT,
+    BestTeacher,
+    Evaluation,
+    Overlap,
+    best_teacher,
+)
+from dfkd_dist.engine.tally import Tally, make_tally
 from dfkd_dist.engine.teachers import reference_classes, teacher_weights
 from dfkd_dist.losses.distillation import lowest_entropy_choice, tempered_mean
 from dfkd_dist.models.signals import LOGITS, Batch
@@ -22,61 +33,27 @@ from dfkd_dist.parallel.batchnorm import reading_only
 from dfkd_dist.parallel.exchange import Exchange
 from dfkd_dist.parallel.topology import bounds
 
+__all__ = [
+    "AVG_PRED",
+    "COMPENSATED",
+    "HIGHEST_CONF",
+    "STUDENT",
+    "BestTeacher",
+    "Evaluation",
+    "Overlap",
+    "Panel",
+    "best_teacher",
+    "check_set",
+    "column_images",
+    "evaluate",
+    "has_validation",
+    "kept_set",
+    "run_classes",
+    "some_images",
+    "votes",
+]
+
 log = logging.getLogger(__name__)
-
-AVG_PRED, HIGHEST_CONF, STUDENT = "AvgPred", "HighestConf", "student"
-"""Mean of the teachers' probabilities (DFMF Eq. 1), answer of the teacher with the lowest entropy, the student."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Accuracies in percent; `frequent` holds one for each party's frequent classes (None: no such image).
-
-    Args:
-        split: which images.
-        samples: how many; each was seen once.
-        student: the student's accuracy.
-        teachers: by name, in recipe order; empty where only the student was asked.
-        ensembles: by name.
-        frequent: for each `teacher/NAME`, ensemble and `student`, accuracy on each party's frequent classes.
-    """
-
-    split: str
-    samples: int
-    student: float
-    teachers: dict[str, float] = field(default_factory=dict)
-    ensembles: dict[str, float] = field(default_factory=dict)
-    frequent: dict[str, list[float | None]] = field(default_factory=dict)
-
-    def items(self) -> Iterator[tuple[str, float]]:
-        """(name, percent) of everything measured, such as `test/student` and `test/student/party0`."""
-        voters = {f"teacher/{name}": value for name, value in self.teachers.items()}
-        for voter, value in (voters | self.ensembles | {STUDENT: self.student}).items():
-            yield f"{self.split}/{voter}", value
-            for party, part in enumerate(self.frequent.get(voter, [])):
-                if part is not None:
-                    yield f"{self.split}/{voter}/party{party}", part
-
-
-@dataclass(frozen=True)
-class BestTeacher:
-    """The teacher chosen on validation images, with its accuracy on others (percent)."""
-
-    name: str
-    validation: float
-    accuracy: float
-
-
-def best_teacher(val: Evaluation, test: Evaluation) -> BestTeacher:
-    """The best single teacher, chosen on `val` (ties: the first in the recipe), reported on `test`.
-
-    Raises:
-        ValueError: an evaluation without teachers.
-    """
-    if not val.teachers or not test.teachers:
-        raise ValueError("best_teacher: expected evaluations of teachers, found one of a student alone")
-    name = max(val.teachers, key=lambda teacher: val.teachers[teacher])
-    return BestTeacher(name, val.teachers[name], test.teachers[name])
 
 
 class Panel:
@@ -140,7 +117,7 @@ def evaluate(
         dataset: where the images come from, or the images themselves.
         split: `val` or `test`.
         batch: images at a time over all ranks.
-        parties: also report accuracy on each party's frequent classes.
+        parties: also report accuracy on each party's frequent classes (where images have the labels).
         student_only: leave the teachers and their ensembles out.
 
     Raises:
@@ -148,40 +125,46 @@ def evaluate(
         ValueError: the set's classes are not those of the run.
     """
     images = kept_set(dataset, split) if isinstance(dataset, DatasetSpec) else dataset
-    labels_N = run_labels(images, build)
-    panel, weights = Panel(build, student_only), teacher_weights(build.recipe)
-    classes, mesh = build.recipe.num_classes, build.mesh
-    names = [f"teacher/{spec.name}" for spec in build.recipe.teachers] + [AVG_PRED, HIGHEST_CONF, STUDENT]
-    names = names if panel.asks_teachers else [STUDENT]
-    # One row per voter, and one for the number of images, by class.
-    counts_VC = torch.zeros(len(names) + 1, classes, dtype=torch.int64, device=build.device)
+    order = label_order(images, build)
+    panel, weights, compensation = Panel(build, student_only), teacher_weights(build.recipe), build.side.compensation
+    tally = _tally(images, build, panel.asks_teachers, parties)
     for start in range(0, len(images), batch):
-        pixels, all_labels_n = column_images(images, labels_N, start, batch, build)
-        column_NCHW = to_image_space(pixels.to(build.device), panel.dtype)
-        teachers, student_NC = panel.ask(column_NCHW)
-        labels_n = all_labels_n[panel.own(len(all_labels_n))].to(build.device)
-        for row, choice_n in enumerate([*votes(teachers, weights), student_NC.argmax(dim=1)]):
-            counts_VC[row] += torch.bincount(labels_n[choice_n == labels_n], minlength=classes)
-        counts_VC[-1] += torch.bincount(labels_n, minlength=classes)
-    mesh.world.sum_(counts_VC)
-    return _evaluation(split, names, counts_VC.cpu(), parties)
+        pixels, positions = column_images(images, start, batch, build)
+        teachers, student_NC = panel.ask(to_image_space(pixels.to(build.device), panel.dtype))
+        labels_n = images.labels(positions)[panel.own(len(positions))]
+        choices = [*votes(teachers, weights), student_NC.argmax(dim=1)]
+        if compensation is not None:
+            with torch.no_grad():
+                choices.append(compensation(student_NC).argmax(dim=1))
+        tally.add(choices, (labels_n if order is None else order[labels_n]).to(build.device))
+    tally.sum_(build.mesh.world)
+    return tally.evaluation(split)
 
 
-def column_images(images: ImageSet, labels_N: Tensor, start: int, batch: int, build: Build) -> tuple[Tensor, Tensor]:
-    """This column's slice of the global batch at `start`: uint8 images `[n, C, H, W]` and labels `[n]`."""
+def _tally(images: ImageSet, build: Build, asks_teachers: bool, parties: SplitSpec | None) -> Tally:
+    names = [f"teacher/{spec.name}" for spec in build.recipe.teachers] + [AVG_PRED, HIGHEST_CONF]
+    names = [*(names if asks_teachers else []), STUDENT]
+    names += [] if build.side.compensation is None else [COMPENSATED]
+    return make_tally(images.of_pixels, names, run_classes(images, build), build.device, parties)
+
+
+def column_images(images: ImageSet, start: int, batch: int, build: Build) -> tuple[Tensor, Tensor]:
+    """This column's slice of the global batch at `start`: uint8 images `[n, C, H, W]`, and their positions `[n]`."""
     mesh, stop = build.mesh, min(start + batch, len(images))
     low, high = bounds(stop - start, mesh.topology.columns, mesh.topology.column_of(mesh.rank))
     positions = torch.arange(start + low, start + high)
     if len(positions) == 0:
-        return torch.zeros(0, images.channels, images.size, images.size, dtype=torch.uint8), labels_N[:0]
-    return images.images(positions), labels_N[positions]
+        return torch.zeros(0, images.channels, images.size, images.size, dtype=torch.uint8), positions
+    return images.images(positions), positions
 
 
 def votes(teachers: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
     """Predicted classes `[N]` of each teacher, then of AvgPred and of HighestConf; empty without teachers.
 
+    Of pixels `[N, H, W]`: HighestConf then chooses a teacher for each.
+
     Args:
-        teachers: logits `[N, C]` each.
+        teachers: logits `[N, C]` each, of pixels `[N, C, H, W]`.
         weights: w_k, summing to 1.
     """
     if not teachers:
@@ -192,13 +175,24 @@ def votes(teachers: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
     return [*single, average_NC.argmax(dim=1), lowest_entropy_choice(probs_KNC).argmax(dim=1)]
 
 
-def run_labels(images: ImageSet, build: Build) -> Tensor:
-    """The set's labels `[N]` in the run's class order.
+def run_classes(images: ImageSet, build: Build) -> list[str]:
+    """The classes in the run's order; the set's own names where the run has none."""
+    return list(reference_classes(build.cards) or build.student_card.classes or images.classes)
+
+
+def label_order(images: ImageSet, build: Build) -> Tensor | None:
+    """From the set's labels to those of the run: a table to index with labels, or None where they agree.
 
     Raises:
-        ValueError: another number of classes, or other class names than the run's.
+        ValueError: another number of classes, other class names than the run's, or labels of pixels where the run
+            classifies images (or the other way round).
     """
-    classes = build.recipe.num_classes
+    classes, dense = build.recipe.num_classes, build.side.network.dense
+    if images.of_pixels != dense:
+        found, wanted = ("pixels", "images") if images.of_pixels else ("images", "pixels")
+        raise ValueError(
+            f"evaluation.dataset: its {found} have labels, but {build.student_card.arch} classifies {wanted}"
+        )
     if len(images.classes) != classes:
         raise ValueError(f"evaluation.dataset has {len(images.classes)} classes, but num_classes is {classes}")
     reference = reference_classes(build.cards) or build.student_card.classes
@@ -206,7 +200,11 @@ def run_labels(images: ImageSet, build: Build) -> Tensor:
         order = class_order(images.classes, reference, "of evaluation.dataset")
     except ValueError as error:
         raise ValueError(f"evaluation.dataset: its class names are not the run's ({error})") from error
-    return images.labels_N if order is None else torch.tensor(order).argsort()[images.labels_N]
+    if order is None:
+        return None
+    table = torch.tensor(order).argsort()
+    # The label of no class stays what it is.
+    return torch.cat([table, torch.arange(classes, IGNORE + 1)]) if dense else table
 
 
 def check_set(build: Build) -> None:
@@ -214,6 +212,7 @@ def check_set(build: Build) -> None:
 
     Raises:
         DatasetError, ValueError: as `evaluate`, or the parties do not fit the classes.
+        ImportError: what measures these images is not installed.
     """
     spec = build.recipe.evaluation
     if spec is None:
@@ -222,7 +221,8 @@ def check_set(build: Build) -> None:
         images = kept_set(spec.dataset, "test")
     except DatasetError as error:
         raise DatasetError(f"evaluation.dataset: {error}") from error
-    run_labels(images, build)
+    label_order(images, build)
+    _tally(images, build, True, None)
     if spec.split is not None:
         frequent_classes(build.recipe.num_classes, spec.split.parties)
 
@@ -264,22 +264,3 @@ def kept_set(spec: DatasetSpec, split: Split) -> ImageSet:
 def _loaded(spec: str, split: Split) -> ImageSet:
     """A spec is not hashable, its JSON is."""
     return load_image_set(DatasetSpec.model_validate_json(spec), split)
-
-
-def _evaluation(split: str, names: Sequence[str], counts_VC: Tensor, parties: SplitSpec | None) -> Evaluation:
-    overall = {name: percent(row, counts_VC[-1]) for name, row in zip(names, counts_VC, strict=False)}
-    frequent: dict[str, list[float | None]] = {}
-    if parties is not None:
-        blocks = frequent_classes(counts_VC.shape[1], parties.parties)
-        for name, row in zip(names, counts_VC, strict=False):
-            frequent[name] = [percent(row[block], counts_VC[-1][block]) for block in blocks]
-    known = {name: value for name, value in overall.items() if value is not None}
-    teachers = {name.removeprefix("teacher/"): v for name, v in known.items() if name.startswith("teacher/")}
-    ensembles = {name: known[name] for name in (AVG_PRED, HIGHEST_CONF) if name in known}
-    return Evaluation(split, int(counts_VC[-1].sum()), known[STUDENT], teachers, ensembles, frequent)
-
-
-def percent(part: Tensor, whole: Tensor) -> float | None:
-    """100 times the ratio of the sums; None of nothing."""
-    total = int(whole.sum())
-    return 100.0 * float(part.sum()) / total if total else None

@@ -44,8 +44,8 @@ def export_student(build: Build, path: Path, about: Mapping[str, Any] | None = N
 def _about(summary: Mapping[str, Any]) -> dict[str, Any]:
     """The few facts of a summary that belong beside weights."""
     found = {key: summary[key] for key in ("name", "method", "seed", "rounds") if key in summary}
-    accuracy = summary.get("student", {}).get("accuracy")
-    return found | ({} if accuracy is None else {"accuracy": accuracy})
+    student = summary.get("student", {})
+    return found | {key: student[key] for key in ("accuracy", "miou") if student.get(key) is not None}
 
 
 def export_onnx(path: Path, out: Path, image: ImageSpec) -> Path:

@@ -17,6 +17,7 @@ from dfkd_dist.data.pixels import to_uint8
 from dfkd_dist.engine.build import Build
 from dfkd_dist.engine.trackers import METRICS, read_metrics
 from dfkd_dist.sources.generative import GenerativeSource
+from dfkd_dist.sources.inversion import InversionSource
 
 log = logging.getLogger(__name__)
 
@@ -62,19 +63,26 @@ def save_grids(
     The latents are the same at every call, so pictures of two moments can be compared image by image.
 
     Args:
-        build: the run; without generators there is nothing to draw.
+        build: the run; without generators or a pool there is nothing to draw.
         folder: the run's directory.
         moment: such as `warmup` or `end`.
         real: images `[N, C, H, W]` in image space by teacher, to be shown at the right.
-        count: images of each generator.
+        count: images of each generator, or the newest in the pool of each teacher.
     """
+    if isinstance(build.source, InversionSource) and build.mesh.row.rank == 0:
+        for k, synthesiser in zip(build.mesh.teachers, build.source.synthesisers, strict=True):
+            _save_grid(folder, moment, synthesiser.bench.name, build.source.newest(k, count), real)
     if not isinstance(build.source, GenerativeSource) or build.mesh.row.rank != 0:
         return
     for kit in build.source.kits:
-        picture = grid(build.source.sample(kit, count))
-        if real is not None and kit.teacher.name in real:
-            picture = beside(picture, grid(real[kit.teacher.name]))
-        save_png(folder / GRIDS / moment / f"{kit.teacher.name}.png", picture)
+        _save_grid(folder, moment, kit.teacher.name, build.source.sample(kit, count), real)
+
+
+def _save_grid(folder: Path, moment: str, name: str, images_NCHW: Tensor, real: Mapping[str, Tensor] | None) -> None:
+    picture = grid(images_NCHW)
+    if real is not None and name in real:
+        picture = beside(picture, grid(real[name]))
+    save_png(folder / GRIDS / moment / f"{name}.png", picture)
 
 
 def save_curves(folder: Path) -> list[Path]:

@@ -12,11 +12,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dfkd_dist.engine.build import Build
 from dfkd_dist.models.cards import Card
-from dfkd_dist.models.dcgan import TransposedGenerator
-from dfkd_dist.models.generator import Generator
-from dfkd_dist.models.network import parameter_count
+from dfkd_dist.models.dcgan import AnyGenerator
+from dfkd_dist.models.network import ImageNetwork, parameter_count
 from dfkd_dist.parallel.batchnorm import reading_only
+from dfkd_dist.parallel.player import Player
 from dfkd_dist.sources.generative import GenerativeSource, Kit
+from dfkd_dist.sources.inversion import InversionSource
+from dfkd_dist.sources.synthesis.cmi import CMI
+from dfkd_dist.sources.synthesis.fast import Fast
 
 
 @dataclass(frozen=True)
@@ -57,24 +60,45 @@ def network_costs(build: Build) -> dict[str, Cost]:
     named = zip(build.recipe.teachers, build.cards, strict=True)
     costs = {f"teacher/{spec.name}": card_cost(card) for spec, card in named}
     costs["student"] = card_cost(build.student_card)
-    if isinstance(build.source, GenerativeSource):
-        own = {name: cost for kit in build.source.kits for name, cost in _kit_costs(kit, build).items()}
+    if isinstance(build.source, GenerativeSource | InversionSource):
+        own = _own_costs(build, build.source)
         parts: Sequence[dict[str, Cost]] = build.mesh.column.gather_objects(own)
         costs |= {name: cost for part in parts for name, cost in sorted(part.items())}
     return costs
 
 
+def _own_costs(build: Build, source: GenerativeSource | InversionSource) -> dict[str, Cost]:
+    """Of the networks that this rank trains for its teachers."""
+    if isinstance(source, GenerativeSource):
+        return {name: cost for kit in source.kits for name, cost in _kit_costs(kit, build).items()}
+    makers = [s.generator for s in source.synthesisers if isinstance(s, CMI | Fast)]
+    costs = dict(_generator_cost(player) for player in makers)
+    pupils = [] if source.assistants is None else source.assistants.pupils
+    return costs | {pupil.player.name: _network_cost(pupil.side.network, build) for pupil in pupils}
+
+
 def _kit_costs(kit: Kit, build: Build) -> dict[str, Cost]:
-    generator, image = cast(Generator | TransposedGenerator, kit.generator.module), build.recipe.image
-    parameter = next(generator.parameters())
-    with reading_only(generator, "eval"):
-        costs = {kit.generator.name: cost_of(generator, parameter.new_zeros(1, generator.latent))}
-    example = parameter.new_zeros(1, image.channels, image.size, image.size)
+    costs = dict([_generator_cost(kit.generator)])
     if kit.discriminator is not None:
         with reading_only(kit.discriminator.module, "eval"):
-            costs[kit.discriminator.name] = cost_of(kit.discriminator.module, example)
+            costs[kit.discriminator.name] = cost_of(kit.discriminator.module, _example(kit.discriminator.module, build))
     if kit.assistant is not None:
-        network = kit.side.network
-        with reading_only(network, "eval"):
-            costs[kit.assistant.name] = cost_of(network.network, network.preprocess(example))
+        costs[kit.assistant.name] = _network_cost(kit.side.network, build)
     return costs
+
+
+def _generator_cost(player: Player) -> tuple[str, Cost]:
+    generator = cast(AnyGenerator, player.module)
+    with reading_only(generator, "eval"):
+        latents = next(generator.parameters()).new_zeros(1, *generator.latent_shape)
+        return player.name, cost_of(generator, latents)
+
+
+def _network_cost(network: ImageNetwork, build: Build) -> Cost:
+    with reading_only(network, "eval"):
+        return cost_of(network.network, network.preprocess(_example(network, build)))
+
+
+def _example(module: nn.Module, build: Build) -> Tensor:
+    image = build.recipe.image
+    return next(module.parameters()).new_zeros(1, image.channels, image.size, image.size)

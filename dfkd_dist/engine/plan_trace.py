@@ -25,10 +25,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from dfkd_dist.config import AugmentSpec, DatasetSpec, GenerativeSpec, LabelledSpec, MosaicSpec, Recipe, StreamSpec
+from dfkd_dist.config import (
+    AugmentSpec,
+    DatasetSpec,
+    GenerativeSpec,
+    InversionSpec,
+    LabelledSpec,
+    MosaicSpec,
+    Recipe,
+    StreamSpec,
+)
 from dfkd_dist.data.datasets import ImageSet
+from dfkd_dist.data.pool import Pool
 from dfkd_dist.data.stream.batch import RawBatch
 from dfkd_dist.engine.build import Build, _Builder
+from dfkd_dist.engine.build_inversion import dry_pool, shortened
 from dfkd_dist.engine.build_mosaic import RealImages
 from dfkd_dist.engine.live_memory import LiveBytes, storage_bytes
 from dfkd_dist.engine.metrics import Meters
@@ -36,6 +47,7 @@ from dfkd_dist.engine.no_data import META, without_data
 from dfkd_dist.engine.teachers import RANDOM, teacher_cards
 from dfkd_dist.models.cards import Card, read_card
 from dfkd_dist.models.network import parameter_count
+from dfkd_dist.models.teacher import Teacher
 from dfkd_dist.parallel.dry import Record, Sent, dry_mesh
 from dfkd_dist.parallel.exchange import Exchange, Shapes
 from dfkd_dist.parallel.group import Group
@@ -45,6 +57,7 @@ from dfkd_dist.parallel.stopping import StopFlag
 from dfkd_dist.parallel.topology import Topology, bounds
 from dfkd_dist.sources.base import Source
 from dfkd_dist.sources.generative import GenerativeSource
+from dfkd_dist.sources.inversion import InversionSource
 from dfkd_dist.sources.stream import StreamReader, StreamSource
 from dfkd_dist.sources.views import make_views
 
@@ -157,6 +170,8 @@ def dry_recipe(recipe: Recipe, cards: Sequence[Card]) -> Recipe:
         source = source.model_copy(update={"assistant": assistant})
     if isinstance(source, StreamSpec | MosaicSpec):
         source = source.model_copy(update={"selection": None})
+    if isinstance(source, InversionSpec):
+        source = shortened(recipe, source)
     student = recipe.student.model_copy(update={"weights": None, "pretrained": False})
     return recipe.model_copy(update={"teachers": teachers, "rounds": rounds, "source": source, "student": student})
 
@@ -222,8 +237,8 @@ def players_of(build: Build) -> list[Player]:
 
 def adopt_build(live: LiveBytes, build: Build) -> tuple[int, int]:
     """Count what exists before the first round: bytes of weights, and of gradients. Optimiser state comes later."""
-    teachers = [kit.teacher for kit in build.source.kits] if isinstance(build.source, GenerativeSource) else []
-    modules = [*teachers, *build.teachers, *[player.module for player in players_of(build)]]
+    sealed = [teacher for teacher, _ in _sealed(build)]
+    modules = [*sealed, *build.teachers, *[player.module for player in players_of(build)]]
     weights = live.adopt(*[[*module.parameters(), *module.buffers()] for module in modules])
     return weights, live.adopt(*[player.gradient for player in players_of(build)])
 
@@ -231,11 +246,20 @@ def adopt_build(live: LiveBytes, build: Build) -> tuple[int, int]:
 def networks_of(build: Build) -> dict[str, int]:
     """Name to parameters of every network that a rank holds."""
     found: dict[str, int] = {}
-    if isinstance(build.source, GenerativeSource):
-        for kit in build.source.kits:
-            found[f"teacher/{kit.teacher.name}"] = parameter_count(kit.teacher)
-            found[f"teacher/{kit.teacher.name} (answering copy)"] = parameter_count(kit.answering)
+    for teacher, answering in _sealed(build):
+        found[f"teacher/{teacher.name}"] = parameter_count(teacher)
+        found[f"teacher/{teacher.name} (answering copy)"] = parameter_count(answering)
     return found | {player.name: parameter_count(player.module) for player in players_of(build)}
+
+
+def _sealed(build: Build) -> list[tuple[Teacher, Teacher]]:
+    """Teachers through which a rank takes gradients to images, each with its answering copy."""
+    if isinstance(build.source, GenerativeSource):
+        return [(kit.teacher, kit.answering) for kit in build.source.kits]
+    if isinstance(build.source, InversionSource):
+        sealed = [synthesiser.bench.teacher for synthesiser in build.source.synthesisers]
+        return list(zip(sealed, build.teachers, strict=True))
+    return []
 
 
 # ------------------------------------------------------------------------------------------------ instruments
@@ -367,6 +391,9 @@ class _DryBuilder(_Builder):
             maker = make_views(self.recipe.objective, self.mesh.sync_world, self.randomness, self.recipe.batch)
             return StreamSource(reader, None, exchange, None, maker)
         return super()._source(pairs, shapes, exchange, student_card)
+
+    def _pool(self, spec: InversionSpec) -> Pool:
+        return dry_pool(self.recipe, spec, self.device)
 
     def _real_images(self, spec: MosaicSpec, exchange: Exchange) -> RealImages:
         """Of the same shapes; a selection's steps are not counted."""

@@ -33,7 +33,7 @@ from dfkd_dist.engine.run import run
 from dfkd_dist.engine.rundir import check_folder, create_folder
 from dfkd_dist.models.cards import Card, read_about, read_card, save_network
 from dfkd_dist.models.network import ImageNetwork, Preprocess
-from dfkd_dist.models.registry import ZOO, build_network
+from dfkd_dist.models.registry import build_network, has_library_weights
 from dfkd_dist.models.weights import load_state
 from dfkd_dist.parallel.launch import LaunchError, launch_facts
 
@@ -64,7 +64,8 @@ def train_teachers(recipe: TeachersRecipe, *, resume: bool = False, overwrite: b
     With `resume`, finished teachers are kept and an unfinished one goes on from its checkpoint.
 
     Returns:
-        For each network its name, file, accuracy on the test split and on its party's frequent classes (percent).
+        For each network its name, file, accuracy on the test split and on its party's frequent classes (percent); where
+        pixels have the labels, also the mIoU.
 
     Raises:
         RunDirError: the directory holds teachers and neither flag was given, or those of another recipe.
@@ -81,7 +82,8 @@ def train_teachers(recipe: TeachersRecipe, *, resume: bool = False, overwrite: b
     images = _read(recipe.dataset, "train")
     _read(recipe.dataset, "test")
     jobs = _jobs(recipe, images)
-    blocks = frequent_classes(len(images.classes), recipe.split.parties)
+    # Parties have frequent classes where images have classes at all.
+    blocks = [] if images.of_pixels else frequent_classes(len(images.classes), recipe.split.parties)
     create_folder(folder, RECIPE, recipe, overwrite=overwrite)
     results = [_train_one(recipe, images, job, folder, resume, blocks) for job in jobs]
     (folder / "teachers.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -112,12 +114,11 @@ def _jobs(recipe: TeachersRecipe, images: ImageSet) -> list[Job]:
 
 def _try_out(recipe: TeachersRecipe, arch: str, name: str, classes: int) -> None:
     """Build the network and show it an image, without memory or numbers."""
-    size, channels = recipe.dataset.size, recipe.dataset.channels
+    size, channels = recipe.crop or recipe.dataset.size, recipe.dataset.channels
     with torch.device("meta"):
         # Library weights are not fetched for this, but a network that has none says so.
-        network = build_network(
-            arch, num_classes=classes, in_channels=channels, pretrained=recipe.pretrained and arch in ZOO
-        )
+        own = recipe.pretrained and not has_library_weights(arch)
+        network = build_network(arch, num_classes=classes, in_channels=channels, pretrained=own)
         ImageNetwork(network, Preprocess(size, channels, [0.5] * channels, [0.25] * channels), name)
 
 
@@ -134,15 +135,16 @@ def _train_one(
     if summary is None:
         raise Unfinished(f"training of {name} stopped with exit code {code}; go on with --resume", code)
     exported = one.run_dir() / STUDENT
-    frequent = blocks[party] if party is not None else None
+    frequent = blocks[party] if party is not None and blocks else None
     card = replace(Card(**read_card(exported)), frequent=frequent)
     about = {
         "name": name,
         "file": str(target),
         "images": len(share),
         "accuracy": summary["student"]["accuracy"],
-        "frequent_accuracy": summary["student"]["frequent"][party] if party is not None else None,
+        "frequent_accuracy": summary["student"]["frequent"][party] if frequent is not None else None,
     }
+    about |= {"miou": summary["student"]["miou"]} if images.of_pixels else {}
     save_network(target, load_state(exported), card, about)
     return about
 
@@ -164,14 +166,16 @@ def _recipe_of(
         method="supervised",
         seed=recipe.seed,
         out=str(folder / "runs" / name),
-        image=ImageSpec(size=recipe.dataset.size, channels=recipe.dataset.channels),
+        image=ImageSpec(size=recipe.crop or recipe.dataset.size, channels=recipe.dataset.channels),
         num_classes=len(images.classes),
         batch=recipe.batch,
         rounds=RoundsSpec(main=rounds),
         student=StudentSpec(arch=arch, pretrained=recipe.pretrained, mean=mean, std=std, classes=list(images.classes)),
         optimizer=recipe.optimizer,
         schedule=recipe.schedule,
-        source=LabelledSpec(kind="labelled", dataset=recipe.dataset, split=recipe.split, party=party),
+        source=LabelledSpec(
+            kind="labelled", dataset=recipe.dataset, split=recipe.split, party=party, crop=recipe.crop
+        ),
         objective=ObjectiveSpec(kl=0.0, ce=1.0),
         augment=recipe.augment,
         precision=recipe.precision,

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from dfkd_dist.config import AnyObjectiveSpec, GenerativeSpec, KD3Spec, MosaicSpec, Recipe
+from dfkd_dist.config import AnyObjectiveSpec, GenerativeSpec, InversionSpec, KD3Spec, MosaicSpec, Recipe
 from dfkd_dist.engine.build import Build
 from dfkd_dist.engine.evaluate import AVG_PRED, HIGHEST_CONF, STUDENT, Evaluation, best_teacher
 from dfkd_dist.engine.flops import network_costs
+from dfkd_dist.engine.passes_inversion import inversion_passes
 from dfkd_dist.engine.quality import Quality
 from dfkd_dist.losses.patch import discriminator_weight
 
@@ -108,6 +109,12 @@ def formulas(recipe: Recipe) -> dict[str, str]:
             found["generator (warm-up)"] = _sum(source.warmup_weights())
         if source.assistant is not None:
             found["assistant"] = _objective(source.assistant.objective)
+    if isinstance(source, InversionSpec):
+        found["images"] = _sum(source.synthesis.loss.weights())
+        if recipe.rounds.warmup:
+            found["images (warm-up)"] = _sum(source.synthesis.weights_in(0, recipe.rounds.warmup))
+        if source.assistant is not None:
+            found["assistant"] = _objective(source.assistant.objective)
     if isinstance(source, MosaicSpec) and source.discriminator is not None:
         weight = discriminator_weight(source.discriminator.reduction)
         found["discriminator"] = _sum({"real": weight, "fake": weight})
@@ -138,6 +145,8 @@ def image_passes(
         views: versions of each image that the objective compares.
     """
     source, k = recipe.source, len(recipe.teachers)
+    if isinstance(source, InversionSpec):
+        return inversion_passes(recipe, source, rounds, student_steps * recipe.batch * views)
     if not isinstance(source, GenerativeSpec):
         taught = student_steps * recipe.batch * views
         return {STUDENT: taught} | ({"teacher": k * taught} if k else {})

@@ -120,7 +120,7 @@ def make_teacher(
         except WeightsError as error:
             raise WeightsError(f"teacher {spec.name}: {error}") from error
     order = class_order(card.classes, reference_classes(cards), spec.name)
-    teacher = Teacher(network, card.preprocess(), spec.name, card.classes, order)
+    teacher = Teacher(network, card.preprocess(recipe.image.size), spec.name, card.classes, order)
     dtype = DTYPES[precision.teacher]
     teacher = teacher.double() if dtype == torch.float64 else teacher
     answering = teacher.answering(precision.fold_batch_norm)

@@ -1,4 +1,4 @@
-"""What a generator *minimises* so that a teacher and another network disagree on its images.
+"""What a generator *minimises* so that a teacher and another network disagree on its images or on their pixels.
 
 Each term is minus a discrepancy. Both arguments receive gradient, because both depend on the images; the
 caller decides which weights are frozen.
@@ -7,14 +7,12 @@ caller decides which weights are frozen.
 from torch import Tensor
 
 from dfkd_dist.losses import _checks, distillation
-from dfkd_dist.losses._numerics import kl_of_log_probs, log_probs
+from dfkd_dist.losses._numerics import kl_of_log_probs, log_probs, over_positions
 
 
 def kl(target_logits_NC: Tensor, other_logits_NC: Tensor, temperature: float) -> Tensor:
     """``-KL(softmax(t / tau) || softmax(a / tau))`` per sample, ``[N]``, at most 0 (DFMF, Eq. 5)."""
-    _checks.same_shape("target_logits_NC", target_logits_NC, "other_logits_NC", other_logits_NC)
-    log_p_NC = log_probs("target_logits_NC", target_logits_NC, temperature)
-    return -kl_of_log_probs(log_p_NC, log_probs("other_logits_NC", other_logits_NC, temperature))
+    return -over_positions(_kl(target_logits_NC, other_logits_NC, temperature))
 
 
 def l1(target_logits_NC: Tensor, other_logits_NC: Tensor) -> Tensor:
@@ -22,19 +20,29 @@ def l1(target_logits_NC: Tensor, other_logits_NC: Tensor) -> Tensor:
     return -distillation.l1(target_logits_NC, other_logits_NC)
 
 
-def log_l1(target_logits: Tensor, other_logits: Tensor) -> Tensor:
-    """``-log(L1 + 1)`` per sample, ``[N]`` (DFAD, segmentation); dense logits ``[N, C, H, W]`` or ``[N, C]``.
+def log_l1(mean_l1: Tensor) -> Tensor:
+    """``-log(L1 + 1)``, a scalar (DFAD, segmentation).
 
-    The logarithm is of each sample's own L1, so the term stays a sum over samples.
+    L1 is DFAD's expectation over images: the mean of :func:`distillation.l1` over the *global* batch. The logarithm is
+    of that mean (as in its released code), not of each image's own L1, which would count images on which the two
+    differ much for less than the others.
     """
-    return -distillation.l1(target_logits, other_logits).log1p()
+    _checks.dims("mean_l1", mean_l1, 0)
+    return -mean_l1.log1p()
 
 
 def masked_kl(target_logits_NC: Tensor, other_logits_NC: Tensor, temperature: float) -> Tensor:
     """:func:`kl` where both networks choose the same class, 0 elsewhere, ``[N]`` (CMI, decision-adversarial).
 
-    Images on which the two already differ are left alone; the choice has no gradient.
+    Images (or pixels) on which the two already differ are left alone; the choice has no gradient.
     """
-    negative_kl_N = kl(target_logits_NC, other_logits_NC, temperature)
+    kl_N = _kl(target_logits_NC, other_logits_NC, temperature)
     agree_N = target_logits_NC.detach().argmax(dim=1) == other_logits_NC.detach().argmax(dim=1)
-    return negative_kl_N * agree_N.to(negative_kl_N.dtype)
+    return -over_positions(kl_N * agree_N.to(kl_N.dtype))
+
+
+def _kl(target_logits_NC: Tensor, other_logits_NC: Tensor, temperature: float) -> Tensor:
+    """``[N, *positions]``."""
+    _checks.same_shape("target_logits_NC", target_logits_NC, "other_logits_NC", other_logits_NC)
+    log_p_NC = log_probs("target_logits_NC", target_logits_NC, temperature)
+    return kl_of_log_probs(log_p_NC, log_probs("other_logits_NC", other_logits_NC, temperature))

@@ -8,7 +8,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfkd_dist.losses import _checks
-from dfkd_dist.losses._numerics import at_least_fp32, entropy_of_probs, kl_of_log_probs, log_probs, safe_log
+from dfkd_dist.losses._numerics import (
+    at_least_fp32,
+    entropy_of_probs,
+    kl_of_log_probs,
+    log_probs,
+    over_positions,
+    safe_log,
+)
+
+IGNORE = 255
+"""The label of a pixel that belongs to no class. Only maps of labels have it: an image's own class may well be 255."""
 
 _WEIGHT_SUM_TOLERANCE = 1e-6
 _MAP_SCALE_FLOOR = 1e-6
@@ -18,12 +28,12 @@ def tempered_mean(logits_list: Sequence[Tensor], weights: Sequence[float], tempe
     """The ensemble's soft target ``sum_k w_k softmax(t_k / tau)`` (DFMF, Eq. 1): a mean of probabilities.
 
     Args:
-        logits_list: K tensors ``[N, C]``, one per teacher, classes in one order.
+        logits_list: K tensors ``[N, C]`` or ``[N, C, *positions]``, one per teacher, classes in one order.
         weights: K non-negative floats that sum to 1.
         temperature: tau, above 0.
 
     Returns:
-        Probabilities ``[N, C]`` in at least fp32.
+        Probabilities of that shape in at least fp32.
 
     Raises:
         ValueError: no teachers, unequal shapes, or weights that are not K shares of 1.
@@ -34,7 +44,7 @@ def tempered_mean(logits_list: Sequence[Tensor], weights: Sequence[float], tempe
 
 
 def mean_logits(logits_list: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """``sum_k w_k t_k`` as ``[N, C]`` logits: the ensemble of DFAD-style and federated methods.
+    """``sum_k w_k t_k``, logits of the same shape: the ensemble of DFAD-style and federated methods.
 
     Arguments and errors as in :func:`tempered_mean`.
     """
@@ -45,11 +55,12 @@ def mean_logits(logits_list: Sequence[Tensor], weights: Sequence[float]) -> Tens
 def lowest_entropy_choice(probs_KNC: Tensor) -> Tensor:
     """Each sample's answer from the teacher with the lowest entropy, ``[N, C]`` (HighestConf, as in DEKAN).
 
-    Ties go to the first teacher.
+    ``[K, N, C, *positions]`` is answered position by position. Ties go to the first teacher.
     """
-    _checks.dims("probs_KNC", probs_KNC, 3)
-    choice_N = entropy_of_probs(probs_KNC).argmin(dim=0)
-    index_1NC = choice_N.view(1, -1, 1).expand(1, -1, probs_KNC.shape[2])
+    if probs_KNC.dim() < 3:
+        raise ValueError(f"probs_KNC: expected [K, N, C] or [K, N, C, *positions], found {tuple(probs_KNC.shape)}")
+    choice_N = entropy_of_probs(probs_KNC, dim=2).argmin(dim=0)
+    index_1NC = choice_N.unsqueeze(1).expand_as(probs_KNC[0]).unsqueeze(0)
     return probs_KNC.gather(0, index_1NC).squeeze(0)
 
 
@@ -60,12 +71,12 @@ def kl(target_probs_NC: Tensor, logits_NC: Tensor, temperature: float) -> Tensor
     factor tau^2 is applied; a recipe that wants it puts it in the weight.
 
     Returns:
-        ``[N]``; 0 where the two distributions are equal.
+        ``[N]``, of ``[N, C, *positions]`` the mean over positions; 0 where the two distributions are equal.
     """
     _checks.same_shape("target_probs_NC", target_probs_NC, "logits_NC", logits_NC)
     log_q_NC = log_probs("logits_NC", logits_NC, temperature)
     target_NC = at_least_fp32(target_probs_NC)
-    return (target_NC * (safe_log(target_NC) - log_q_NC)).sum(dim=1)
+    return over_positions((target_NC * (safe_log(target_NC) - log_q_NC)).sum(dim=1))
 
 
 def reverse_kl(target_probs_NC: Tensor, logits_NC: Tensor, temperature: float) -> Tensor:
@@ -75,11 +86,11 @@ def reverse_kl(target_probs_NC: Tensor, logits_NC: Tensor, temperature: float) -
     divergence from a one-hot target is large and finite.
 
     Returns:
-        ``[N]``.
+        ``[N]``, of ``[N, C, *positions]`` the mean over positions.
     """
     _checks.same_shape("target_probs_NC", target_probs_NC, "logits_NC", logits_NC)
     log_q_NC = log_probs("logits_NC", logits_NC, temperature)
-    return kl_of_log_probs(log_q_NC, safe_log(at_least_fp32(target_probs_NC)))
+    return over_positions(kl_of_log_probs(log_q_NC, safe_log(at_least_fp32(target_probs_NC))))
 
 
 def l1(teacher_logits_NC: Tensor, logits_NC: Tensor) -> Tensor:
@@ -95,9 +106,26 @@ def l1(teacher_logits_NC: Tensor, logits_NC: Tensor) -> Tensor:
 def cross_entropy(logits_NC: Tensor, labels_N: Tensor) -> Tensor:
     """``-log softmax(logits)[label]`` per sample, ``[N]``.
 
-    Every label must be in ``0 .. C-1``, in masked slots too: there is no label that means "ignore".
+    Labels ``[N]`` must be in ``0 .. C-1``, in masked slots too: there is none that means "ignore". In maps of labels
+    ``[N, *positions]`` beside logits ``[N, C, *positions]``, :data:`IGNORE` does: a sample's value is the mean over its
+    valid positions, and 0 where it has none (it is still counted). So the batch's mean is one of samples, not of
+    pixels, and does not depend on how the samples are dealt.
+
+    Raises:
+        ValueError: shapes do not fit, or a map of labels for more than 255 classes.
     """
-    return -log_probs("logits_NC", logits_NC).gather(1, labels_N.long().unsqueeze(1)).squeeze(1)
+    log_p_NC = log_probs("logits_NC", logits_NC)
+    if labels_N.shape != log_p_NC.shape[:1] + log_p_NC.shape[2:]:
+        found = f"{tuple(labels_N.shape)} and {tuple(logits_NC.shape)}"
+        raise ValueError(f"labels_N and logits_NC: expected [N, *positions] and [N, C, *positions], found {found}")
+    if labels_N.dim() == 1:
+        return -log_p_NC.gather(1, labels_N.long().unsqueeze(1)).squeeze(1)
+    if logits_NC.shape[1] > IGNORE:
+        raise ValueError(f"logits_NC: maps of labels take at most {IGNORE} classes, found {logits_NC.shape[1]}")
+    valid = labels_N != IGNORE
+    chosen = torch.where(valid, labels_N, 0).long()
+    values = torch.where(valid, -log_p_NC.gather(1, chosen.unsqueeze(1)).squeeze(1), 0.0)
+    return values.flatten(1).sum(dim=1) / valid.flatten(1).sum(dim=1).clamp_min(1)
 
 
 def attention_map(map_NDHW: Tensor, size_HW: tuple[int, int] | None = None) -> Tensor:
@@ -144,5 +172,5 @@ def _check_teachers(logits_list: Sequence[Tensor], weights: Sequence[float]) -> 
     if any(not math.isfinite(w) or w < 0 for w in weights) or abs(sum(weights) - 1) > _WEIGHT_SUM_TOLERANCE:
         raise ValueError(f"weights: expected non-negative numbers that sum to 1, found {list(weights)}")
     for index, logits in enumerate(logits_list):
-        _checks.dims(f"logits_list[{index}]", logits, 2)
+        _checks.class_scores(f"logits_list[{index}]", logits)
         _checks.same_shape("logits_list[0]", logits_list[0], f"logits_list[{index}]", logits)

@@ -122,6 +122,21 @@ def first_layer_factors(count: int, first: float) -> list[float]:
     return [first if index == 0 else 1.0 for index in range(count)]
 
 
+def averaged(latest_C: Tensor, past_C: Tensor, momentum: float) -> Tensor:
+    """``(1 - m) * latest + m * past``, the next value of a moving average; the past has no gradient.
+
+    Fast (Fang et al. 2022) compares this, in the place of the batch's own statistics, with those that a network has
+    stored: then one small batch need not look like all of the data.
+
+    Raises:
+        ValueError: unequal shapes, or a momentum that is not from 0 to below 1.
+    """
+    _checks.same_shape("latest_C", latest_C, "past_C", past_C)
+    if not 0.0 <= momentum < 1.0:
+        raise ValueError(f"momentum: expected a number from 0 to below 1, found {momentum!r}")
+    return (1.0 - momentum) * latest_C + momentum * past_C.detach()
+
+
 def _layer_term(layer: LayerStatistics, form: str, channels: str) -> Tensor:
     vectors = (layer.mean_C, layer.var_C, layer.stored_mean_C, layer.stored_var_C)
     return gaussian_kl(*vectors, channels=channels) if form == "gaussian_kl" else l2_norms(*vectors)

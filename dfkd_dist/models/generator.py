@@ -26,6 +26,7 @@ class Generator(nn.Module):
         for _ in range(blocks):
             sides.append((sides[-1] + 1) // 2)
         self.latent, self.width, self.head = latent, width, head
+        self.latent_shape = (latent,)
         self.sides = sides[::-1]
         self.linear = nn.Linear(latent, width * self.sides[0] ** 2)
         self.norm = nn.BatchNorm2d(width)

@@ -79,12 +79,17 @@ class MapRegressor(nn.Module):
 
 
 class ProjectionHead(nn.Sequential):
-    """SSKD's self-supervised head: two linear layers of the features' own width with a ReLU between them."""
+    """Two linear layers with a ReLU between them: SSKD's self-supervised head, and CMI's for its contrast.
 
-    def __init__(self, width: int) -> None:
-        super().__init__(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+    Args:
+        width: of the features, and of the layer in between.
+        out: of the result; null is `width`.
+    """
+
+    def __init__(self, width: int, out: int | None = None) -> None:
+        super().__init__(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, out or width))
 
     def forward(self, features_ND: Tensor) -> Tensor:
-        """`[N, D]` to `[N, D]`."""
+        """`[N, width]` to `[N, out]`."""
         weight = next(self.parameters())
         return super().forward(features_ND.to(weight.dtype))

@@ -1,12 +1,16 @@
-"""Networks by name: the zoo's by plain name, torchvision's as `torchvision/NAME`, timm's as `timm/NAME`."""
+"""Networks by name: the zoo's by plain name, torchvision's as `torchvision/NAME`, timm's as `timm/NAME`.
+
+What a network is for follows from its name: those in `SEGMENTERS` and `DEEPLABS` classify pixels, all others images.
+"""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 
 from torch import nn
 
 from dfkd_dist.models.zoo import (
+    deeplab,
     lenet,
     mobilenetv2,
     resnet,
@@ -14,6 +18,7 @@ from dfkd_dist.models.zoo import (
     shufflenetv1,
     shufflenetv2,
     tiny,
+    tinyseg,
     vgg,
     wrn,
 )
@@ -31,22 +36,42 @@ ZOO: dict[str, NetworkBuilder] = {
     **shufflenetv2.NETWORKS,
 }
 
+SEGMENTERS: dict[str, NetworkBuilder] = dict(tinyseg.NETWORKS)
+"""The zoo's networks that classify pixels: logits [N, num_classes, H, W]."""
+
+DEEPLABS: dict[str, Callable[[int, int, bool], nn.Module]] = {
+    "deeplabv3_resnet50": deeplab.deeplabv3_resnet50,
+    "deeplabv3_mobilenetv2": deeplab.deeplabv3_mobilenetv2,
+}
+"""Networks that classify pixels, made of the libraries' parts, whose backbones the libraries have weights for."""
+
 LIBRARIES = ("torchvision", "timm")
 # While training these return a tuple with the outputs of auxiliary classifiers, not logits.
 _TORCHVISION_WITH_AUXILIARY_HEADS = frozenset({"googlenet", "inception_v3"})
 
 
 def network_names() -> list[str]:
-    """Names of the zoo's networks, sorted."""
+    """Names of the zoo's classifiers of images, sorted."""
     return sorted(ZOO)
 
 
-def build_network(arch: str, *, num_classes: int, in_channels: int = 3, pretrained: bool = False) -> nn.Module:
-    """Build a classifier: images [N, in_channels, H, W] -> logits [N, num_classes].
+def segmenter_names() -> list[str]:
+    """Names of the networks that classify pixels, sorted."""
+    return sorted([*SEGMENTERS, *DEEPLABS])
 
-    `arch` is a zoo name (`resnet18`), `torchvision/NAME` or `timm/NAME`. `pretrained=True` starts from the
-    library's ImageNet weights (downloaded by the library unless cached) with a fresh classifier where the
-    number of classes differs; the zoo has none and loads files with `dfkd_dist.models.weights.load_weights`.
+
+def has_library_weights(arch: str) -> bool:
+    """Whether `pretrained: true` has a meaning for it: a library's network, or one over a library's backbone."""
+    return "/" in arch or arch in DEEPLABS
+
+
+def build_network(arch: str, *, num_classes: int, in_channels: int = 3, pretrained: bool = False) -> nn.Module:
+    """Build a classifier: images [N, in_channels, H, W] -> logits [N, num_classes], of pixels [N, num_classes, H, W].
+
+    `arch` is a zoo name (`resnet18`), `torchvision/NAME`, `timm/NAME`, or one of `segmenter_names()`.
+    `pretrained=True` starts from the library's ImageNet weights (downloaded by the library unless cached) with a fresh
+    classifier where the number of classes differs (of a DeepLabV3: its backbone); the zoo has none and loads files
+    with `dfkd_dist.models.weights.load_weights`.
 
     Raises ValueError for an unknown name (with the nearest valid ones), for counts below 1, for `pretrained`
     with a zoo network and for `in_channels != 3` with torchvision; ImportError where timm is not installed.
@@ -59,15 +84,18 @@ def build_network(arch: str, *, num_classes: int, in_channels: int = 3, pretrain
         return _build_torchvision(name, num_classes, in_channels, pretrained)
     if library == "timm":
         return _build_timm(name, num_classes, in_channels, pretrained)
-    if arch not in ZOO:
-        libraries = ", ".join(f"{library}/NAME" for library in LIBRARIES)
-        raise ValueError(f"unknown network {arch!r}: {_nearest(arch, ZOO)}; or {libraries}")
+    if arch in DEEPLABS:
+        return DEEPLABS[arch](num_classes, in_channels, pretrained)
+    small = ZOO | SEGMENTERS
+    if arch not in small:
+        others = ", ".join([*(f"{library}/NAME" for library in LIBRARIES), *sorted(DEEPLABS)])
+        raise ValueError(f"unknown network {arch!r}: {_nearest(arch, small)}; or {others}")
     if pretrained:
         raise ValueError(
-            f"pretrained: true is for torchvision/NAME and timm/NAME; {arch!r} has no library weights, "
+            f"pretrained: true is for torchvision/NAME and timm/NAME (and DeepLabV3); {arch!r} has no library weights, "
             "give a file with weights instead"
         )
-    return ZOO[arch](num_classes, in_channels)
+    return small[arch](num_classes, in_channels)
 
 
 def _nearest(name: str, valid: Iterable[str]) -> str:

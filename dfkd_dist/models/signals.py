@@ -1,6 +1,7 @@
 """What networks say about images, and what travels between the parts of a method.
 
-Shapes: N images, C classes, D channels of a feature map, H W its sides.
+Shapes: N images, C classes, D channels of a feature map, H W its sides. What classifies pixels says logits and
+features of every one: `[N, C, H, W]` and `[N, D, h, w]` stand where `NC` and `ND` are written.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ LOGITS, FEATURES, MAP, BN = "logits", "features", "map", "bn"
 NAMED_MAP = "map:"
 """`map:layer2` is the output of the network's module `layer2`."""
 
-_FIELDS = {LOGITS: "logits_NC", FEATURES: "features_ND", MAP: "map_NDHW"}
+MEANS = "means"
+"""Each image's channel means at the batch norms' inputs, one layer after another, `[N, D]`."""
+
+NAMED_MEANS = "means:"
+"""`means:layer2` takes those at the input of the module `layer2`; several such stand in the order in which they run."""
+
+_FIELDS = {LOGITS: "logits_NC", FEATURES: "features_ND", MAP: "map_NDHW", MEANS: "means_ND"}
 
 Need = frozenset[str]
 """Which signals are wanted; only those are computed and sent."""
@@ -43,6 +50,8 @@ class Signals:
     bn: list[LayerStatistics] = field(default_factory=list)
     maps: Mapping[str, Tensor] = field(default_factory=dict)
     """Outputs of named modules, `[N, D, H, W]`: those asked for as `map:MODULE`."""
+    means_ND: Tensor | None = None
+    """Per-instance channel means: those asked for as `means`, or as `means:MODULE`."""
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> Signals:
@@ -57,8 +66,10 @@ class Signals:
         Raises:
             ValueError: it was not asked for.
         """
-        of_name = name.removeprefix(NAMED_MAP)
-        found = self.maps.get(of_name) if name.startswith(NAMED_MAP) else getattr(self, _FIELDS[name])
+        if name.startswith(NAMED_MAP):
+            found = self.maps.get(name.removeprefix(NAMED_MAP))
+        else:
+            found = getattr(self, _FIELDS[MEANS if name.startswith(NAMED_MEANS) else name])
         if found is None:
             raise ValueError(f"signal {name!r} is not here: it was not asked for")
         return found
@@ -108,6 +119,8 @@ class Batch:
     """`images_NCHW` holds so many versions of the same samples, one after another; `count` counts samples."""
     block: int | None = None
     """Length of each rank's block in `column_NCHW` where every rank brought images of its own; null: they are dealt."""
+    said: tuple[Signals, ...] = ()
+    """Every teacher's answer about these images, where it is known already; then nobody is asked."""
     sections: tuple[Batch, ...] = ()
     """Parts from different sources, one after another in `images_NCHW`, each answered as it came."""
 
@@ -115,4 +128,7 @@ class Batch:
     def joined(first: Batch, second: Batch) -> Batch:
         """One batch of two; labels and ids are dropped, since the parts need not both have them."""
         images_NCHW = torch.cat([first.images_NCHW, second.images_NCHW])
-        return Batch(images_NCHW, first.count + second.count, at=first.at, sections=(first, second))
+        slots_N = None
+        if first.slots_N is not None and second.slots_N is not None:
+            slots_N = torch.cat([first.slots_N, first.count + second.slots_N])
+        return Batch(images_NCHW, first.count + second.count, slots_N=slots_N, at=first.at, sections=(first, second))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dfkd_dist.models.signals import BN, FEATURES, MAP, NAMED_MAP, LayerStatistics, Need
+from dfkd_dist.models.signals import BN, FEATURES, MAP, MEANS, NAMED_MAP, NAMED_MEANS, LayerStatistics, Need
 
 _NOT_A_MAP = (
     nn.AdaptiveAvgPool2d,
@@ -32,9 +32,12 @@ class Taps:
     map: str | None
     """The module whose output is the last feature map `[N, D, H, W]` before pooling."""
     classifier: str | None
-    """The last linear layer; its input is the penultimate feature `[N, D]`."""
+    """The last linear layer; its input is the penultimate feature `[N, D]`. In a network that classifies pixels the
+    convolution that gives their logits; its input is the penultimate feature `[N, D, H, W]`."""
     batch_norms: tuple[str, ...]
     """Batch-norm layers with stored statistics, in the order in which they run."""
+    dense: bool = False
+    """Whether it classifies pixels: logits `[N, C, H, W]`."""
 
 
 @dataclass
@@ -45,21 +48,31 @@ class Heard:
     map_NDHW: Tensor | None = None
     bn: list[LayerStatistics] = field(default_factory=list)
     maps: dict[str, Tensor] = field(default_factory=dict)
+    means: list[Tensor] = field(default_factory=list)
+
+    @property
+    def means_ND(self) -> Tensor | None:
+        """Those of all layers, one after another."""
+        return torch.cat(self.means, dim=1) if self.means else None
 
 
 def find_taps(network: nn.Module, example_NCHW: Tensor) -> Taps:
     """Run the network once (in eval mode, without gradients) and see where its signals are.
 
     The map is the output of the last module to finish with a 4-D output that is no pooling layer: for a residual net
-    its last stage, after the last addition.
+    its last stage, after the last addition. In a network that classifies pixels it is the last one before the
+    convolution that classifies, which is the last with as many outputs as there are classes.
     """
     finished: list[tuple[str, bool]] = []
     linears: list[str] = []
+    convolutions: dict[int, tuple[str, int]] = {}
     norms: list[str] = []
 
     def note(name: str, module: nn.Module, output: Any) -> None:
         if isinstance(module, nn.Linear):
             linears.append(name)
+        if isinstance(module, nn.Conv2d):
+            convolutions[module.out_channels] = name, len(finished)
         if isinstance(module, _BatchNorm) and module.track_running_stats and name not in norms:
             norms.append(name)
         finished.append((name, isinstance(output, Tensor) and output.dim() == 4 and not isinstance(module, _NOT_A_MAP)))
@@ -70,10 +83,14 @@ def find_taps(network: nn.Module, example_NCHW: Tensor) -> Taps:
             if name:
                 hook = module.register_forward_hook(lambda m, _, out, name=name: note(name, m, out))
                 hooks.callback(hook.remove)
-        network.eval()(example_NCHW)
+        logits_NC = network.eval()(example_NCHW)
     network.train(was_training)
+    dense, classifier = logits_NC.dim() == 4, linears[-1] if linears else None
+    if dense:
+        classifier, place = convolutions.get(logits_NC.shape[1], (None, len(finished)))
+        finished = finished[:place]
     maps = [name for name, is_map in finished if is_map]
-    return Taps(maps[-1] if maps else None, linears[-1] if linears else None, tuple(norms))
+    return Taps(maps[-1] if maps else None, classifier, tuple(norms), dense)
 
 
 @contextmanager
@@ -101,10 +118,29 @@ def listen(network: nn.Module, taps: Taps, need: Need) -> Iterator[Heard]:
                 hooks.callback(
                     norm.register_forward_pre_hook(lambda m, args: heard.bn.append(_moments(m, args[0]))).remove
                 )
+        for module in _averaged(network, taps, need):
+            hooks.callback(
+                module.register_forward_pre_hook(lambda _, args: heard.means.append(_channel_means(args[0]))).remove
+            )
         for name in sorted(n.removeprefix(NAMED_MAP) for n in need if n.startswith(NAMED_MAP)):
             module = _named_module(network, name)
             hooks.callback(module.register_forward_hook(lambda _, __, out, n=name: heard.maps.update({n: out})).remove)
         yield heard
+
+
+def _averaged(network: nn.Module, taps: Taps, need: Need) -> list[nn.Module]:
+    """Modules whose inputs' channel means are wanted."""
+    named = sorted(n.removeprefix(NAMED_MEANS) for n in need if n.startswith(NAMED_MEANS))
+    if MEANS in need and not taps.batch_norms:
+        raise ValueError("the signal `means` needs batch norm with stored statistics, and this network has none")
+    norms = [network.get_submodule(name) for name in taps.batch_norms] if MEANS in need else []
+    return norms + [_named_module(network, name) for name in named]
+
+
+def _channel_means(x_NDHW: Tensor) -> Tensor:
+    """`[N, D, ...]` to `[N, D]`, at no less than fp32."""
+    wide = x_NDHW if x_NDHW.dtype == torch.float64 else x_NDHW.float()
+    return wide.flatten(2).mean(dim=2) if wide.dim() > 2 else wide
 
 
 def _named_module(network: nn.Module, name: str) -> nn.Module:

@@ -57,10 +57,10 @@ class Teacher(ImageNetwork):
         super().train(False)
         return self
 
-    def forward(self, images_NCHW: Tensor, need: Need = frozenset({LOGITS})) -> Signals:
+    def forward(self, images_NCHW: Tensor, need: Need = frozenset({LOGITS}), scaled: bool = False) -> Signals:
         """Signals with the logits in the run's class order."""
         with self._autocast(images_NCHW.device):
-            signals = super().forward(images_NCHW, need)
+            signals = super().forward(images_NCHW, need, scaled)
         if self.class_order is None:
             return signals
         return replace(signals, logits_NC=signals.logits_NC[:, self.class_order])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dfkd_dist.models.signals import Batch, Need, Signals
 from dfkd_dist.parallel.mesh import Mesh
-from dfkd_dist.parallel.topology import Topology, share
+from dfkd_dist.parallel.topology import Topology, bounds, share
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Signal name to its shape without the batch dimension."""
@@ -64,6 +64,12 @@ class Deal:
                 offset += self.made(k)
         return [start[k] + n for k in sorted(start) for n in range(self.made(k))]
 
+    def slots(self) -> list[int]:
+        """For each position in (teacher, index) order, its place among all columns' images: the same on any mesh."""
+        first = bounds(self.per_teacher, self.topology.columns, self.column)[0]
+        held = sorted(k for teachers in self.topology.teachers for k in teachers)
+        return [k * self.per_teacher + first + n for k in held for n in range(self.made(k))]
+
     def dealt(self, row: int) -> int:
         """How many of the column's images row `row`'s student gets."""
         return len(range(row, self.total, self.topology.rows))
@@ -84,7 +90,7 @@ class Exchange:
     ) -> None:
         self.mesh, self.teachers, self.need = mesh, teachers, need
         self.shapes = [{name: of[name] for name in sorted(of) if name in need} for of in shapes]
-        self._orders: dict[tuple[int, torch.device], Tensor] = {}
+        self._plans: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     def own(self, images_NCHW: Tensor, padded: int, count: int) -> Batch:
         """A batch of images that each rank brings itself and trains on itself (a stream that is spread over the world).
@@ -113,28 +119,30 @@ class Exchange:
             own: images `[n, C, H, W]` for each of this rank's teachers, in recipe order.
             per_teacher: images of each generator over its whole row (b).
         """
-        column_NCHW = self._gather_images(own, per_teacher)
-        share_NCHW = column_NCHW[self.mesh.column.rank :: self.mesh.column.size]
-        return Batch(share_NCHW, per_teacher * len(self.shapes), column_NCHW)
-
-    def _gather_images(self, own: Sequence[Tensor], per_teacher: int) -> Tensor:
-        """The column's images `[total, C, H, W]` in (teacher, index) order."""
         column, block = self.mesh.column, torch.cat(list(own))
-        if column.size == 1:
-            return block
         deal = Deal(self.mesh.topology, self.mesh.topology.column_of(self.mesh.rank), per_teacher)
-        padding = block.new_zeros(deal.padded - len(block), *block.shape[1:])
-        blocks = torch.cat(column.gather(torch.cat([block, padding])))
-        key = per_teacher, block.device
-        if key not in self._orders:  # kept, because a copy to the device waits for it
-            self._orders[key] = torch.tensor(deal.order(), dtype=torch.long, device=block.device)
-        return blocks[self._orders[key]]
+        order, slots = self._plan(deal, block.device)
+        if column.size > 1:
+            padding = block.new_zeros(deal.padded - len(block), *block.shape[1:])
+            block = torch.cat(column.gather(torch.cat([block, padding])))[order]
+        mine = slice(column.rank, None, column.size)
+        return Batch(block[mine], per_teacher * len(self.shapes), block, slots_N=slots[mine])
+
+    def _plan(self, deal: Deal, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Order and slots of a column's images; kept, because a copy to the device waits for it."""
+        key = deal.per_teacher, device
+        if key not in self._plans:
+            order, slots = (torch.tensor(part, dtype=torch.long) for part in (deal.order(), deal.slots()))
+            self._plans[key] = order.to(device), slots.to(device)
+        return self._plans[key]
 
     def answers(self, batch: Batch) -> list[Signals]:
         """Every teacher's signals about this rank's images, in recipe order; empty where there are no teachers."""
         if batch.sections:
             parts = [self.answers(section) for section in batch.sections]
             return [Signals.joined(said) for said in zip(*parts, strict=True)]
+        if batch.said:
+            return list(batch.said)
         if batch.column_NCHW is None:
             return []
         column_NCHW = batch.column_NCHW

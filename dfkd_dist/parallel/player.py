@@ -45,6 +45,9 @@ class Player:
         self.factor, self.total_steps, self.steps = factor, max(total_steps, 1), 0
         self.progress: float | None = None
         """Where the schedule stands, where somebody else counts (rounds of unequal length); None counts own steps."""
+        self.followers: list[Player] = []
+        """Players that the same loss moves (latents, a head): differentiated, judged and stepped together with this
+        one, each over its own group. They are saved by whoever owns them."""
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters)
         self._base = [g["lr"] for g in self.optimizer.param_groups]
@@ -57,13 +60,18 @@ class Player:
 
     def backward(self, loss: Tensor) -> None:
         """The gradient of the sum of all members' losses, on every member."""
-        self.gradient.zero_()
+        together = [self, *self.followers]
+        for player in together:
+            player.gradient.zero_()
         loss.backward()  # type: ignore[no-untyped-call]
-        self.group.sum_(self.gradient)
+        for player in together:
+            player.group.sum_(player.gradient)
 
     def finite(self) -> Tensor:
         """Whether the gradient of the last `backward` holds no NaN and no infinity: a 0-d bool on the device."""
-        return self.gradient.sum().isfinite()  # the cheapest reduction that lets neither vanish
+        # The cheapest reduction that lets neither vanish.
+        own = self.gradient.sum().isfinite()
+        return torch.stack([own, *[player.finite() for player in self.followers]]).all() if self.followers else own
 
     def step(self) -> None:
         """One optimiser step with the gradient of the last `backward`."""
@@ -75,6 +83,8 @@ class Player:
             group["lr"] = base * self.factor(progress)
         self.optimizer.step()
         self.steps += 1
+        for player in self.followers:
+            player.step()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that moves: weights, buffers, optimiser, position in the schedule."""

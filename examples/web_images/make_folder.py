@@ -1,8 +1,8 @@
 """A folder of images as somebody might collect them from the web: some are like the teacher's, most are not.
 
-A stand-in for the images that you have. No download: the photographs are the two that come with scikit-learn, the digits
-are its training digits (the same ones that the teacher of the quick start has seen; yours will be other pictures of the
-same things), drawn over pieces of photographs, turned to negatives or blurred. Nothing says what is in an image.
+A stand-in for the images that you have. No download: the photographs are the two that come with scikit-learn, and the
+digits are its training digits (those that the teacher has seen; yours will be other pictures of the same things), drawn
+over pieces of photographs, turned to negatives or blurred. Nothing says what is in an image.
 
     runs/web-images/images/00000.jpg ... and runs/web-images/images/broken.jpg, which is no image
 """
@@ -13,14 +13,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits, load_sample_images
+from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torchvision.io import write_jpeg
 
+from dfkd_dist.config import DatasetSpec
+from dfkd_dist.data.datasets import load_image_set, to_image_space
+
 FOLDER = Path("runs/web-images/images")
 SIZE, DIGITS, PHOTOS = 32, 2500, 2500
-HELD_OUT = 0.4
-"""The quick start tests with the last images of each class; those are left out here."""
 
 
 def main() -> None:
@@ -39,14 +40,10 @@ def main() -> None:
 
 
 def training_digits() -> Tensor:
-    """`[N, 1, 32, 32]` in [0, 1]: 60 % of each class."""
-    data = load_digits()
-    images, labels = torch.from_numpy(data.images).float()[:, None] / 16, torch.from_numpy(data.target)
-    kept = []
-    for label in range(10):
-        own = images[labels == label]
-        kept.append(own[: int(len(own) * (1 - HELD_OUT))])
-    return F.interpolate(torch.cat(kept), size=(SIZE, SIZE), mode="bilinear", align_corners=False)
+    """`[N, 1, 32, 32]` in [0, 1]: none of those that the student is tested on."""
+    spec = DatasetSpec(kind="digits", size=SIZE, channels=1, val_fraction=0.0)
+    images = load_image_set(spec, "train")
+    return to_image_space(images.images(torch.arange(len(images))))
 
 
 def crop(photos: list[Tensor], random: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whole runs on a stream, bad samples in it: the same at any world size, and after being stopped and resumed anywhere."""
+"""Whole runs on a stream with bad samples: the same at any world size, and after being stopped and resumed."""
 
 from __future__ import annotations
 

@@ -4,14 +4,18 @@ import colorsys
 
 import pytest
 import torch
+from torch.nn.functional import interpolate
 
 from dfkd_dist.config import AugmentSpec
 from dfkd_dist.data.augment import (
+    RESIZED_CROP,
+    _crops,
     adjust_brightness,
     adjust_contrast,
     adjust_hue,
     adjust_saturation,
     augment,
+    augment_labels,
     flip,
     num_uniforms,
     rotate,
@@ -234,3 +238,55 @@ def test_half_precision_stays_near(dtype):
 def test_wrong_input_is_named(images, width, words):
     with pytest.raises(ValueError, match=words):
         augment(images, torch.zeros(2, width), FULL)
+
+
+# ---------------------------------------------------------------------------------------------- resized crops
+
+RESIZED = AugmentSpec(resized_crop=0.25)
+
+
+def cropped(images, draws, spec=RESIZED):
+    """What the crops should be: cut out and interpolated image by image."""
+    places = _crops(iter(draws.unbind(1)), spec.resized_crop, images).tolist()
+    parts = [images[i : i + 1, :, y : y + h, x : x + w] for i, (y, x, h, w) in enumerate(places)]
+    side = images.shape[-2:]
+    return torch.cat([interpolate(part, size=side, mode="bilinear", align_corners=False) for part in parts])
+
+
+def test_a_resized_crop_equals_interpolation_of_what_is_cut_out():
+    images = batch(40, height=9, width=12)
+    draws = uniforms(40, RESIZED)
+    assert num_uniforms(RESIZED) == RESIZED_CROP
+    torch.testing.assert_close(augment(images, draws, RESIZED), cropped(images, draws))
+
+
+def test_a_resized_crop_lies_inside_and_has_the_area_and_ratio_asked_for():
+    images, draws = torch.zeros(4000, 1, 32, 32), uniforms(4000, RESIZED)
+    top, left, height, width = _crops(iter(draws.unbind(1)), 0.25, images).unbind(1)
+    assert min(int(top.min()), int(left.min())) == 0 and int((top + height).max()) == 32
+    assert int((left + width).max()) == 32 and int(height.min()) >= 1
+    area, ratio = (height * width) / 32**2, width / height
+    # Whole pixels round both; a crop that fits nowhere is the whole image.
+    assert 0.23 < float(area.min()) and float(area.max()) <= 1.0
+    assert float(area.median()) == pytest.approx(0.6, abs=0.05)
+    assert 0.7 < float(ratio.min()) < 0.78 and 1.28 < float(ratio.max()) < 1.43
+    assert float(ratio.log().mean()) == pytest.approx(0.0, abs=0.01)
+    whole = torch.full((2, num_uniforms(RESIZED)), 0.999, dtype=torch.float64)  # every attempt too wide
+    assert _crops(iter(whole.unbind(1)), 0.25, images[:2]).tolist() == [[0, 0, 32, 32]] * 2
+
+
+def test_resized_crops_of_labels_move_with_their_images():
+    labels = torch.arange(81).view(1, 9, 9).repeat(5, 1, 1)
+    spec = AugmentSpec(resized_crop=0.5, flip=True)
+    draws = uniforms(5, spec)
+    images = augment(labels.double().unsqueeze(1) / 100, draws, spec).squeeze(1)
+    moved = augment_labels(labels, draws, spec)
+    assert moved.dtype == torch.int64 and set(moved.unique().tolist()) <= set(range(81))
+    assert float((moved / 100 - images).abs().max()) <= 0.06  # half a row and half a column off at most
+    assert not torch.equal(moved, labels)
+
+
+def test_gradients_of_resized_crops_are_right():
+    spec = AugmentSpec(resized_crop=0.3, crop_padding=1, flip=True)
+    images, draws = batch(2, 3, 5, 6).requires_grad_(), uniforms(2, spec)
+    assert torch.autograd.gradcheck(lambda x: augment(x, draws, spec), images)

@@ -52,7 +52,7 @@ def test_a_loaded_student_says_the_same(tmp_path: Path, size: int | None) -> Non
 
 def test_only_the_network_is_exported(tmp_path: Path) -> None:
     one = trained(tmp_path)
-    assert any("vid_heads" in name for name in one.side.state_dict())
+    assert any("vid.heads" in name for name in one.side.state_dict())
     found = load_state(export_student(one, tmp_path / "s.safetensors")[0])
     assert set(found) == set(build_network("tiny", num_classes=CLASSES, in_channels=3).state_dict())
 

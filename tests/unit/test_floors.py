@@ -29,6 +29,7 @@ FLOORS = {
     "cli_evaluate": 5,
     "cli_select": 5,
     "cli_shards": 5,
+    "cli_synthesize": 5,
     "launch": 5,
     "__main__": 6,
 }

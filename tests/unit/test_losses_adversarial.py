@@ -13,7 +13,7 @@ Term = Callable[[Tensor, Tensor], Tensor]
 TERMS: dict[str, Term] = {
     "kl": lambda t, a: adversarial.kl(t, a, 3.0),
     "l1": adversarial.l1,
-    "log_l1": adversarial.log_l1,
+    "log_l1": lambda t, a: adversarial.log_l1(distillation.l1(t, a).mean()),
     "masked_kl": lambda t, a: adversarial.masked_kl(t, a, 3.0),
 }
 EXTREME = [[1e4, -1e4, 0.0], [-1e4, 1e4, 1e4], [0.0, 0.0, 0.0], [88.0, 87.0, -103.0]]
@@ -46,9 +46,12 @@ def test_l1_and_log_l1_by_value() -> None:
     t, a = agreeing_logits(2)
     means = [sum(abs(x - y) for x, y in zip(r, s, strict=True)) / 4 for r, s in zip(t, a, strict=True)]
     assert adversarial.l1(t, a).tolist() == pytest.approx([-float(m) for m in means], rel=1e-12)
-    assert adversarial.log_l1(t, a).tolist() == pytest.approx([-math.log(m + 1) for m in means], rel=1e-12)
-    dense = torch.ones(2, 3, 4, 5)
-    assert adversarial.log_l1(dense, dense + 1).tolist() == pytest.approx([-math.log(2)] * 2)
+    of_the_mean = -math.log(sum(means) / len(means) + 1)
+    assert TERMS["log_l1"](t, a).item() == pytest.approx(of_the_mean, rel=1e-12)
+    # The mean of each sample's own logarithm is another number.
+    assert abs(of_the_mean + sum(math.log(m + 1) for m in means) / len(means)) > 1e-4
+    with pytest.raises(ValueError, match="mean_l1"):
+        adversarial.log_l1(distillation.l1(t, a))
 
 
 def test_masked_kl_counts_only_samples_where_both_agree() -> None:

@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfkd_dist.losses.vid import initial_rho, variance
+from dfkd_dist.models.dcgan import make_generator
 from dfkd_dist.models.folding import fold_batch_norm
 from dfkd_dist.models.generator import Generator
 from dfkd_dist.models.heads import VIDHead
 from dfkd_dist.models.network import ImageNetwork, Preprocess, parameter_count
 from dfkd_dist.models.registry import build_network, network_names
-from dfkd_dist.models.signals import BN, FEATURES, LOGITS, MAP
+from dfkd_dist.models.signals import BN, FEATURES, LOGITS, MAP, MEANS, NAMED_MEANS
+from dfkd_dist.models.spatial import SpatialGenerator
 from dfkd_dist.models.taps import find_taps
 from dfkd_dist.models.teacher import Teacher, class_order
 from tests.recipes import stir
@@ -54,7 +56,8 @@ def test_taps_hear_what_the_network_computes(arch: str) -> None:
     classifier = network.network.get_submodule(network.taps.classifier or "")
     assert isinstance(classifier, nn.Linear) and signals.features_ND is not None and signals.map_NDHW is not None
     assert torch.equal(classifier(signals.features_ND), signals.logits_NC)
-    assert signals.map_NDHW.dim() == 4 and tuple(signals.map_NDHW.shape[1:]) == network.shapes(_size(arch), 3, frozenset({MAP}))[MAP]
+    assert signals.map_NDHW.dim() == 4
+    assert tuple(signals.map_NDHW.shape[1:]) == network.shapes(_size(arch), 3, frozenset({MAP}))[MAP]
     norms = {m for m in network.modules() if isinstance(m, nn.BatchNorm2d)}
     assert len(signals.bn) == len(norms)
     assert [len(s.mean_C) for s in signals.bn] == [
@@ -84,6 +87,28 @@ def test_batch_norm_inputs_have_their_biased_moments() -> None:
     assert torch.allclose(first.mean_C, x.mean((0, 2, 3)), atol=1e-6)
     assert torch.allclose(first.var_C, x.var((0, 2, 3), correction=0), atol=1e-6)
     assert first.stored_mean_C is network.network.bn1.running_mean
+
+
+def test_channel_means_are_those_of_each_image() -> None:
+    network = ImageNetwork(_network("tiny"), _preprocess(8), "t").eval()
+    images = torch.rand(4, 3, 8, 8)
+    means_ND = network(images, frozenset({MEANS})).means_ND
+    heard: list[torch.Tensor] = []
+    norms = [network.network.get_submodule(name) for name in network.taps.batch_norms]
+    hooks = [norm.register_forward_pre_hook(lambda _, args: heard.append(args[0])) for norm in norms]
+    network(images)
+    [hook.remove() for hook in hooks]
+    assert means_ND is not None and torch.allclose(means_ND, torch.cat([x.mean((2, 3)) for x in heard], dim=1))
+    assert network.shapes(8, 3, frozenset({MEANS})) == {MEANS: (means_ND.shape[1],)}
+    alone = network(images[2:3], frozenset({MEANS})).means_ND
+    assert alone is not None and torch.allclose(alone, means_ND[2:3], atol=1e-6)
+    named = network(images, frozenset({NAMED_MEANS + "bn2", NAMED_MEANS + "conv1", MAP}))
+    assert named.means_ND is not None and named.tensor(NAMED_MEANS + "bn2") is named.means_ND
+    of_conv1 = network.preprocess(images).mean((2, 3))  # it runs first, so its input stands first
+    assert torch.allclose(named.means_ND[:, :3], of_conv1, atol=1e-6)
+    assert torch.equal(named.means_ND[:, 3:], heard[1].mean((2, 3)))
+    with pytest.raises(ValueError, match="means.*batch norm"):
+        ImageNetwork(_network("lenet5"), _preprocess(32), "l")(torch.rand(1, 3, 32, 32), frozenset({MEANS}))
 
 
 def test_no_hook_outlives_a_pass() -> None:
@@ -254,6 +279,27 @@ def test_every_parameter_of_a_generator_matters(head: str) -> None:
     (generator(latents).sin() * weights).sum().backward()
     for name, p in generator.named_parameters():
         assert p.grad is not None and p.grad.abs().max() > 1e-9, name
+
+
+@pytest.mark.parametrize(("size", "side", "blocks", "channels"), [(224, 14, 4, 3), (28, 4, 3, 1), (8, 4, 1, 3)])
+@pytest.mark.parametrize("head", ["sigmoid", "bn"])
+def test_a_generator_of_latents_with_places(size: int, side: int, blocks: int, channels: int, head: str) -> None:
+    torch.manual_seed(0)
+    generator = make_generator("spatial", 6, 8, blocks, size, channels, head)
+    assert isinstance(generator, SpatialGenerator) and generator.latent_shape == (6, side, side)
+    latents = torch.randn(3, *generator.latent_shape)
+    images = generator(latents)
+    assert images.shape == (3, channels, size, size) and images.isfinite().all()
+    assert [norm.num_features for norm in generator.norms] == [8, 8, 4, 4, 4][: blocks + 1]
+    images.double().sin().mul(torch.randn(images.shape).double()).sum().backward()
+    for name, p in generator.named_parameters():
+        assert p.grad is not None and p.grad.abs().max() > 1e-9, name
+    # It has no layer that sees the whole image: far corners do not know of each other.
+    if blocks == 4:
+        moved = latents.clone()
+        moved[:, :, 0, 0] += 1.0
+        far = slice(size // 2, None)
+        assert torch.equal(generator.eval()(moved)[:, :, far, far], generator(latents)[:, :, far, far])
 
 
 def test_a_generator_of_no_images() -> None:

@@ -46,6 +46,10 @@ def _player(module: nn.Module, **options: Any) -> Player:
     return Player("p", module, lambda ps: torch.optim.SGD(ps, lr=0.1), **arguments)
 
 
+def _sgd(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
 def _loss(module: nn.Module, seed: int) -> Tensor:
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(5, 1, 8, 8, generator=g)
@@ -72,6 +76,27 @@ def test_gradients_live_in_one_buffer_in_their_parameters_layout(channels_last: 
         assert torch.allclose(p.grad, expected, atol=1e-6), name
     assert player.gradient.numel() == sum(p.numel() for p in module.parameters())
     assert torch.isclose(player.gradient.norm(), torch.stack([p.grad.norm() for p in module.parameters()]).norm())
+
+
+def test_followers_move_with_the_leader_as_in_one_optimiser() -> None:
+    torch.manual_seed(0)
+    module, values = Odd().double(), nn.Parameter(torch.randn(5, 1, 8, 8, dtype=torch.float64))
+    plain, other = copy.deepcopy(module), copy.deepcopy(values)
+    leader, follower = _player(module), Player("z", nn.ParameterList([values]), _sgd, constant, 1, ALONE)
+    leader.followers = [follower]
+    together = torch.optim.SGD([*plain.parameters(), other], lr=0.1)
+    for _ in range(3):
+        leader.backward((module(values) ** 2).sum())
+        assert bool(leader.finite())
+        leader.step()
+        together.zero_grad()
+        (plain(other) ** 2).sum().backward()
+        together.step()
+    assert torch.allclose(values, other, atol=1e-12) and follower.steps == leader.steps == 3
+    assert all(torch.allclose(a, b) for a, b in zip(module.parameters(), plain.parameters(), strict=True))
+    follower.gradient[3] = torch.nan
+    assert not bool(leader.finite())
+    assert "followers" not in str(leader.state_dict().keys())
 
 
 def test_backward_starts_from_zero() -> None:

@@ -90,12 +90,12 @@ class SetCollection(Collection):
     Args:
         images: the set.
         name: as in `Collection`.
-        labelled: False hides the labels.
+        labelled: False hides the labels. Those of pixels are none of images.
         numbers_N: int64 positions, ascending; None takes all.
     """
 
     def __init__(self, images: ImageSet, name: str, *, labelled: bool = True, numbers_N: Tensor | None = None) -> None:
-        super().__init__(name, images.classes if labelled else None)
+        super().__init__(name, images.classes if labelled and not images.of_pixels else None)
         self.images = images
         self.numbers_N = torch.arange(len(images)) if numbers_N is None else numbers_N
 

@@ -214,7 +214,8 @@ def _features(network: ImageNetwork, name: str, device: torch.device) -> Feature
         with reading_only(network, "eval"):
             features_ND = network(images_NCHW, frozenset({LOGITS, FEATURES})).features_ND
         assert features_ND is not None
-        return features_ND
+        # What classifies pixels has features of each place: an image's are their mean.
+        return features_ND if features_ND.dim() == 2 else features_ND.flatten(2).mean(dim=2)
 
     return FeatureNetwork(name, extract, device, network.preprocess.mean.dtype)
 

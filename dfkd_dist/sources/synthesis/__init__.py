@@ -1,0 +1,1 @@
+"""Ways to make images for one teacher, round by round."""
