@@ -152,8 +152,8 @@ class InversionSpec(Spec):
     """Images that a round makes for each teacher; null is the recipe's `batch` (that of a student step)."""
     pool: PoolSpec = PoolSpec()
     assistant: AssistantSpec | None = None
-    """DFMF's `CMI (w/ GA)`: for each teacher a network that mimics it on the pool's images of this teacher, and that adv
-    plays against in the student's place. Its `steps` of a main round come after the harvest."""
+    """DFMF's `CMI (w/ GA)`: for each teacher a network that mimics it on the pool's images of this teacher, and that
+    adv plays against in the student's place. Its `steps` of a main round come after the harvest."""
 
     def per_round(self, batch: int) -> int:
         """Images that a round makes for each teacher, given the recipe's batch."""
