@@ -99,6 +99,8 @@ class Recipe(Spec):
                 "compensation corrects predictions, and objective.kind: kd3 with a shared classifier compares none; "
                 "allowed: objective.classifier: hard or soft, or no compensation"
             )
+        if spec.source is not None:
+            raise ValueError("compensation.source is not supported yet; allowed: null (the teachers' own logits)")
         if spec.size > self.batch:
             raise ValueError(f"compensation.size is {spec.size}, but a batch has only {self.batch} images to cluster")
 
