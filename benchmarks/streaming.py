@@ -70,8 +70,8 @@ def one_size(folder: Path, size: int, count: int, repeats: int) -> list[dict[str
         "ours": Ours(folder / "tars", size),
         "webdataset": functools.partial(plain_webdataset, folder),
         "ImageFolder": functools.partial(image_folder, folder),
-        "reading alone": functools.partial(in_processes, read_tars, sorted(map(str, folder.glob("tars/*.tar")))),
-        "decoding alone": functools.partial(in_processes, decode_all, jpgs),
+        "reading alone": InProcesses(read_tars, sorted(map(str, folder.glob("tars/*.tar")))),
+        "decoding alone": InProcesses(decode_all, jpgs),
     }
     acts |= compiled
     # Two warm-ups: FFCV compiles its pipeline in the first pass, workers start, files come into the page cache.
@@ -197,14 +197,28 @@ def consume(batches: Iterable[Tensor]) -> int:
 # ------------------------------------------------------------------------------------------------------- limits
 
 
-def in_processes(act: Callable[[list[Any]], None], items: list[Any]) -> None:
-    """`act` on equal shares of the items, one share a process."""
-    context = mp.get_context("fork")
-    workers = [context.Process(target=act, args=(items[p::PROCESSES],)) for p in range(PROCESSES)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+class InProcesses:
+    """`act` on equal shares of the items, one share a process; processes start once and wait between passes."""
+
+    def __init__(self, act: Callable[[list[Any]], None], items: list[Any]) -> None:
+        context = mp.get_context("fork")
+        self.pipes = []
+        for p in range(PROCESSES):
+            ours, theirs = context.Pipe()
+            context.Process(target=_serve, args=(theirs, act, items[p::PROCESSES]), daemon=True).start()
+            self.pipes.append(ours)
+
+    def __call__(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(True)
+        for pipe in self.pipes:
+            pipe.recv()
+
+
+def _serve(pipe: Any, act: Callable[[list[Any]], None], items: list[Any]) -> None:
+    while pipe.recv():
+        act(items)
+        pipe.send(True)
 
 
 def read_tars(paths: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -144,22 +145,25 @@ def _only_own_column() -> None:
 def _answers_to_other_images() -> None:
     send_home = Exchange._send_home
 
-    def wrong(self: Exchange, said: list[Signals], total: int, dtype: torch.dtype) -> list[Signals]:
+    def wrong(self: Exchange, said: list[Signals], homes: list[slice], dtype: torch.dtype) -> list[Signals]:
         rolled = [Signals(s.logits_NC.roll(1, 0), None, s.map_NDHW) for s in said]
-        return send_home(self, rolled, total, dtype)
+        return send_home(self, rolled, homes, dtype)
 
     Exchange._send_home = wrong  # type: ignore[assignment,method-assign]
 
 
 def _deal_by_row() -> None:
     """Each student is dealt its own row's images (where all rows make equally many); answers still travel."""
-    gather = Exchange._gather_images
+    gather = Exchange.gather
 
-    def by_row(self: Exchange, own: list[Tensor], per_teacher: int) -> Tensor:
-        images, rows = gather(self, own, per_teacher), self.mesh.column.size
-        return images[torch.arange(len(images)).view(rows, -1).t().reshape(-1)]
+    def by_row(self: Exchange, own: list[Tensor], per_teacher: int) -> Batch:
+        batch, rows = gather(self, own, per_teacher), self.mesh.column.size
+        assert batch.column_NCHW is not None
+        order = torch.arange(len(batch.column_NCHW)).view(rows, -1).t().reshape(-1)
+        column_NCHW = batch.column_NCHW[order]
+        return replace(batch, images_NCHW=column_NCHW[self.mesh.column.rank :: rows], column_NCHW=column_NCHW)
 
-    Exchange._gather_images = by_row  # type: ignore[assignment,method-assign]
+    Exchange.gather = by_row  # type: ignore[assignment,method-assign]
 
 
 def _rank_indices() -> None:

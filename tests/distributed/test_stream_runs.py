@@ -91,7 +91,7 @@ def test_local_synchronisation_is_another_run(name: str, teachers: list[Tree], s
     ("name", "stops"),
     [
         # 11 chunks are scored, four at a time over the ranks or one by one; then three student steps.
-        ("kl, top", [2, 12]),
+        ("kl, top", [2, 6]),
         ("kd3", [2, 4, 5]),
         ("crd, balanced", [13]),
         ("kdci", [2, 2]),
